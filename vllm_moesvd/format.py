@@ -9,7 +9,9 @@ dense tensors. A listed layer has one of the forms below; `D` is the hidden size
 width, `E` the number of experts, `R` a rank, `G` V groups, `S` slots:
 
 * `latent`: `z = V x`, experts work on `z` and return `R` numbers, `Q` maps them back to `D`.
-  The cores keep the family's standard expert names, with `R` in the place of `D`.
+  The cores keep the family's standard expert names, with `R` in the place of `D`. They may also
+  have fewer neurons (`width`) than the dense experts.
+* `narrow`: dense experts with `width` neurons each, under their standard names.
 * `shared-v` and `svd`: `W_e = U[slot(e)] @ V[group(slot(e))]` for each of the three projections.
   Experts with the same slot are the same function. `svd` is the case of one group per slot.
 """
@@ -121,9 +123,19 @@ class LatentSpec:
 
     rank_gate_up: int
     rank_down: int
+    width: int
     bias: bool = False
 
     form: Literal["latent"] = "latent"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NarrowSpec:
+    """Every expert of the layer keeps `width` of its neurons."""
+
+    width: int
+
+    form: Literal["narrow"] = "narrow"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +163,7 @@ class FactoredSpec:
         return max(self.slot_group) + 1
 
 
-LayerSpec = LatentSpec | FactoredSpec
+LayerSpec = LatentSpec | NarrowSpec | FactoredSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,14 +178,14 @@ def spec_to_json(spec: CheckpointSpec) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for index in sorted(spec.layers):
         layer = spec.layers[index]
-        entry: dict[str, Any] = {
-            "form": layer.form,
-            "rank_gate_up": layer.rank_gate_up,
-            "rank_down": layer.rank_down,
-        }
+        entry: dict[str, Any] = {"form": layer.form}
+        if not isinstance(layer, NarrowSpec):
+            entry |= {"rank_gate_up": layer.rank_gate_up, "rank_down": layer.rank_down}
+        if not isinstance(layer, FactoredSpec):
+            entry["width"] = layer.width
         if isinstance(layer, LatentSpec):
             entry["bias"] = layer.bias
-        else:
+        if isinstance(layer, FactoredSpec):
             entry["expert_slot"] = list(layer.expert_slot)
             entry["slot_group"] = list(layer.slot_group)
         layers[str(index)] = entry
@@ -215,9 +227,7 @@ def layer_tensors(
     return {f"{prefix}.{name}": size for name, size in _factor_shapes(spec, shape, family).items()}
 
 
-def dense_layer_tensors(
-    shape: MoEShape, family: Family, layer: int
-) -> dict[str, tuple[int, ...]]:
+def dense_layer_tensors(shape: MoEShape, family: Family, layer: int) -> dict[str, tuple[int, ...]]:
     """Full name and shape of every routed-experts tensor that a dense layer has."""
     d, f = shape.hidden_size, shape.expert_width
     sizes: dict[Projection, tuple[int, int]] = {"gate": (f, d), "up": (f, d), "down": (d, f)}
@@ -228,20 +238,16 @@ def dense_layer_tensors(
     }
 
 
-def _factor_shapes(
-    spec: LayerSpec, shape: MoEShape, family: Family
-) -> dict[str, tuple[int, ...]]:
+def _factor_shapes(spec: LayerSpec, shape: MoEShape, family: Family) -> dict[str, tuple[int, ...]]:
     d, f = shape.hidden_size, shape.expert_width
+    if isinstance(spec, NarrowSpec):
+        return _core_shapes(shape.num_experts, spec.width, d, d, family)
     r, q = spec.rank_gate_up, spec.rank_down
     if isinstance(spec, LatentSpec):
         shapes: dict[str, tuple[int, ...]] = {"moesvd.v_gate_up": (r, d), "moesvd.q_down": (d, q)}
         if spec.bias:
             shapes["moesvd.bias_down"] = (d,)
-        for expert in range(shape.num_experts):
-            shapes[f"{expert}.{family.gate_name}.weight"] = (f, r)
-            shapes[f"{expert}.{family.up_name}.weight"] = (f, r)
-            shapes[f"{expert}.{family.down_name}.weight"] = (q, f)
-        return shapes
+        return shapes | _core_shapes(shape.num_experts, spec.width, r, q, family)
     s, g = spec.num_slots, spec.num_groups
     return {
         "moesvd.v_gate": (g, r, d),
@@ -253,23 +259,40 @@ def _factor_shapes(
     }
 
 
+def _core_shapes(
+    num_experts: int, width: int, size_in: int, size_out: int, family: Family
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for expert in range(num_experts):
+        shapes[f"{expert}.{family.gate_name}.weight"] = (width, size_in)
+        shapes[f"{expert}.{family.up_name}.weight"] = (width, size_in)
+        shapes[f"{expert}.{family.down_name}.weight"] = (size_out, width)
+    return shapes
+
+
 def _parse_layer(entry: Any, shape: MoEShape, where: str) -> LayerSpec:
     if not isinstance(entry, Mapping):
         raise FormatError(f"{where}: expected an object, found {_show(entry)}")
     form = entry.get("form")
     d, f = shape.hidden_size, shape.expert_width
     if form == "latent":
-        _only_keys(entry, {"form", "rank_gate_up", "rank_down", "bias"}, where)
+        _only_keys(entry, {"form", "rank_gate_up", "rank_down", "width", "bias"}, where)
         bias = entry.get("bias", False)
         if not isinstance(bias, bool):
             raise FormatError(f"{where}: bias must be true or false, found {_show(bias)}")
         return LatentSpec(
-            rank_gate_up=_rank(entry, "rank_gate_up", d, where),
-            rank_down=_rank(entry, "rank_down", d, where),
+            rank_gate_up=_bounded(entry, "rank_gate_up", d, where),
+            rank_down=_bounded(entry, "rank_down", d, where),
+            width=_bounded(entry, "width", f, where),
             bias=bias,
         )
+    if form == "narrow":
+        _only_keys(entry, {"form", "width"}, where)
+        return NarrowSpec(width=_bounded(entry, "width", f, where))
     if form not in ("shared-v", "svd"):
-        raise FormatError(f"{where}: form is {_show(form)}, expected latent, shared-v or svd")
+        raise FormatError(
+            f"{where}: form is {_show(form)}, expected latent, narrow, shared-v or svd"
+        )
     _only_keys(entry, {"form", "rank_gate_up", "rank_down", "expert_slot", "slot_group"}, where)
     expert_slot = _int_list(entry, "expert_slot", where)
     slot_group = _int_list(entry, "slot_group", where)
@@ -286,19 +309,19 @@ def _parse_layer(entry: Any, shape: MoEShape, where: str) -> LayerSpec:
     if form == "svd" and slot_group != tuple(range(len(slot_group))):
         raise FormatError(f"{where}: form svd needs slot_group 0, 1, 2, … (one group per slot)")
     return FactoredSpec(
-        rank_gate_up=_rank(entry, "rank_gate_up", min(d, f), where),
-        rank_down=_rank(entry, "rank_down", min(d, f), where),
+        rank_gate_up=_bounded(entry, "rank_gate_up", min(d, f), where),
+        rank_down=_bounded(entry, "rank_down", min(d, f), where),
         expert_slot=expert_slot,
         slot_group=slot_group,
         form=form,
     )
 
 
-def _rank(entry: Mapping[str, Any], key: str, largest: int, where: str) -> int:
-    rank = _positive_int(entry, key, where=where)
-    if rank > largest:
-        raise FormatError(f"{where}: {key} is {rank}, the largest possible is {largest}")
-    return rank
+def _bounded(entry: Mapping[str, Any], key: str, largest: int, where: str) -> int:
+    value = _positive_int(entry, key, where=where)
+    if value > largest:
+        raise FormatError(f"{where}: {key} is {value}, the largest possible is {largest}")
+    return value
 
 
 def _positive_int(entry: Mapping[str, Any], key: str, *, where: str) -> int:
