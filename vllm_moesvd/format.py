@@ -309,8 +309,8 @@ def _parse_layer(entry: Any, shape: MoEShape, where: str) -> LayerSpec:
     if form == "svd" and slot_group != tuple(range(len(slot_group))):
         raise FormatError(f"{where}: form svd needs slot_group 0, 1, 2, … (one group per slot)")
     return FactoredSpec(
-        rank_gate_up=_bounded(entry, "rank_gate_up", min(d, f), where),
-        rank_down=_bounded(entry, "rank_down", min(d, f), where),
+        rank_gate_up=_bounded(entry, "rank_gate_up", d, where),
+        rank_down=_bounded(entry, "rank_down", f, where),
         expert_slot=expert_slot,
         slot_group=slot_group,
         form=form,

@@ -1,0 +1,79 @@
+"""What a solver returns for one layer: one frozen dataclass per form, in fp32.
+
+Shapes as in `vllm_moesvd.format`: E experts, D hidden, F expert width, R ranks, G V groups,
+S slots. `spec` is the format's description of the same layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm_moesvd.format import FactoredSpec, LatentSpec, NarrowSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentFactors:
+    """y = Q Σ_e g_e core_e(V x) + b.
+
+    `down_ERF` maps the neurons of an expert to the R numbers that Q (`q_DR`) maps to D.
+    """
+
+    v_gate_up_RD: torch.Tensor
+    gate_EFR: torch.Tensor
+    up_EFR: torch.Tensor
+    down_ERF: torch.Tensor
+    q_DR: torch.Tensor
+    bias_D: torch.Tensor | None = None
+
+    @property
+    def spec(self) -> LatentSpec:
+        return LatentSpec(
+            rank_gate_up=self.v_gate_up_RD.shape[0],
+            rank_down=self.q_DR.shape[1],
+            width=self.gate_EFR.shape[1],
+            bias=self.bias_D is not None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedFactors:
+    """W_e = U[slot(e)] V[group(slot(e))] for gate, up and down."""
+
+    v_gate_GRD: torch.Tensor
+    v_up_GRD: torch.Tensor
+    v_down_GRF: torch.Tensor
+    u_gate_SFR: torch.Tensor
+    u_up_SFR: torch.Tensor
+    u_down_SDR: torch.Tensor
+    expert_slot: tuple[int, ...]
+    slot_group: tuple[int, ...]
+    form: Literal["shared-v", "svd"]
+
+    @property
+    def spec(self) -> FactoredSpec:
+        return FactoredSpec(
+            rank_gate_up=self.v_gate_GRD.shape[1],
+            rank_down=self.v_down_GRF.shape[1],
+            expert_slot=self.expert_slot,
+            slot_group=self.slot_group,
+            form=self.form,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NarrowFactors:
+    """Dense experts with fewer neurons."""
+
+    gate_EFD: torch.Tensor
+    up_EFD: torch.Tensor
+    down_EDF: torch.Tensor
+
+    @property
+    def spec(self) -> NarrowSpec:
+        return NarrowSpec(width=self.gate_EFD.shape[1])
+
+
+LayerFactors = LatentFactors | SharedFactors | NarrowFactors
