@@ -119,6 +119,12 @@ class Checkpoint:
         info = self.tensors[name]
         return read_slice(info, 0, info.shape, dtype)
 
+    def read_rows(self, name: str, index: int) -> torch.Tensor:
+        """Read `tensor[index]`, one entry of the first dimension, and no other bytes."""
+        info = self.tensors[name]
+        shape = info.shape[1:]
+        return read_slice(info, index * math.prod(shape), shape, None)
+
     def expert_weight(self, layer: int, expert: int, projection: Projection) -> torch.Tensor:
         """One dense expert's weight, [F, D] for gate and up, [D, F] for down.
 
