@@ -44,7 +44,7 @@ show_progress() {
     local line count=0 last=$SECONDS
     while IFS= read -r line; do
         case $line in
-            Collecting* | Requirement\ already*) count=$((count + 1)) ;;
+            Collecting* | Processing* | Requirement\ already*) count=$((count + 1)) ;;
             Installing\ collected*) say "  writing the packages to $venv (a minute or two)" ;;
         esac
         if ((SECONDS - last >= 10)); then
@@ -70,7 +70,7 @@ pip_install() {
 install_cpu() {
     local count
     count=$(grep -c '==' "$constraints")
-    say "installing $count packages for CPU; the first time takes 3 to 6 minutes, 4 GB of disk"
+    say "installing $count packages for CPU; the first time takes 2 to 6 minutes, 4 GB of disk"
     # The list is complete, so nothing is resolved and nothing outside it is fetched.
     pip_install --no-deps --no-compile -r "$constraints"
     "$venv/bin/python" tools/vllm_cpu_shim.py >>"$log"
