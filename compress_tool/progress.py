@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from compress_tool.units import clock_text
+
 PLAIN_INTERVAL_S = 10.0
 """Between two plain lines of one stage: rare enough for a log, often enough to see it live."""
 
@@ -135,10 +137,3 @@ class Progress:
         with contextlib.suppress(OSError):
             self._stream.write(f"{line}\n")
             self._stream.flush()
-
-
-def clock_text(seconds: float) -> str:
-    """`75.2` → `1:15`, `3675` → `1:01:15`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from compress_tool.progress import Progress, clock_text
+from compress_tool.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -109,8 +109,3 @@ def test_a_closed_pipe_does_not_end_the_job() -> None:
 
     with Progress(stream=Closed()) as progress:
         progress("calibrate", 1, 2)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75.2, "1:15"), (3675, "1:01:15")])
-def test_clock_text(seconds: float, text: str) -> None:
-    assert clock_text(seconds) == text
