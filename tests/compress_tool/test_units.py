@@ -9,8 +9,15 @@ from compress_tool.units import bytes_text, clock_text, params_text
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (20_760_136, "20.8 MB")]
-    + [(999_949_999, "999.9 MB"), (999_950_000, "1.0 GB"), (93_400_000_000_000_000, "93400.0 TB")],
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (20_760_136, "20.8 MB"),
+        (999_949_999, "999.9 MB"),
+        (999_950_000, "1.0 GB"),
+        (93_400_000_000_000_000, "93400.0 TB"),
+    ],
 )
 def test_bytes_text(value: int, text: str) -> None:
     assert bytes_text(value) == text
