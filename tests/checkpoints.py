@@ -1,4 +1,4 @@
-"""Tiny but complete Mixtral checkpoints for the tests: real names, real tokenizer, random weights."""
+"""Tiny but complete Mixtral checkpoints for tests: real names, a tokenizer, random weights."""
 
 from __future__ import annotations
 

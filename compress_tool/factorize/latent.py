@@ -1,0 +1,77 @@
+"""The latent form: one V for gate and up of all experts, one Q for the summed output.
+
+Gate and up share V by the pooled, activation-weighted problem (mathematics §3.1). Q spans the top
+eigenvectors of E[y yᵀ] of the *summed* layer output y, which reaches the Eckart–Young floor of
+that output (mathematics §3.2). With `centre`, Q comes from the centred moment and a bias carries
+the mean: at most one rank's worth of error less, since an affine R-space lies in a linear R+1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compress_tool.factorize.problem import LayerProblem
+from compress_tool.factorize.shared_basis import solve_shared_basis
+from compress_tool.factorize.whitening import gram, solve_spd, symmetric_eigen, tail_share
+from compress_tool.factors import LatentFactors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentSolution:
+    """Factors, the two spectra behind them, and the losses those spectra predict.
+
+    `predicted_gate_up` and `predicted_down` are shares of routed pre-activation energy and of
+    summed output energy. `spectrum_*` are eigenvalues, largest first.
+    """
+
+    factors: LatentFactors
+    spectrum_gate_up: torch.Tensor
+    spectrum_down: torch.Tensor
+    predicted_gate_up: float
+    predicted_down: float
+
+
+def solve_latent(
+    problem: LayerProblem,
+    y_TD: torch.Tensor,
+    rank_gate_up: int,
+    rank_down: int,
+    *,
+    centre: bool = False,
+) -> LatentSolution:
+    """Factor one layer in the latent form; `y_TD` is its dense routed output."""
+    experts = range(problem.shape.num_experts)
+    width = problem.shape.expert_width
+    gate_up = solve_shared_basis(
+        experts,
+        problem.input_rows,
+        lambda expert: torch.cat(problem.experts(expert)[:2]),
+        rank_gate_up,
+        store_dtype=problem.store_dtype,
+    )
+    mean_D = y_TD.double().mean(dim=0) if centre else None
+    moment_DD = gram(y_TD if mean_D is None else y_TD.double() - mean_D)
+    spectrum_D, vectors_DD = symmetric_eigen(moment_DD)
+    q_DR = vectors_DD[:, :rank_down].to(problem.store_dtype).double()
+    # Q was rounded: least squares against the stored values, not the transpose.
+    project_RD = solve_spd(q_DR.T @ q_DR, q_DR.T)
+    bias_D = None if mean_D is None else (mean_D - q_DR @ (project_RD @ mean_D)).float()
+    down = [(project_RD @ problem.experts(expert)[2].double()).float() for expert in experts]
+    energy = y_TD.double().square().sum().item()
+    tail = tail_share(spectrum_D, rank_down) * spectrum_D.clamp(min=0).sum().item()
+    return LatentSolution(
+        factors=LatentFactors(
+            v_gate_up_RD=gate_up.v_RD,
+            gate_EFR=torch.stack([gate_up.u_MR[expert][:width] for expert in experts]),
+            up_EFR=torch.stack([gate_up.u_MR[expert][width:] for expert in experts]),
+            down_ERF=torch.stack(down),
+            q_DR=q_DR.float(),
+            bias_D=bias_D,
+        ),
+        spectrum_gate_up=gate_up.spectrum_D,
+        spectrum_down=spectrum_D,
+        predicted_gate_up=gate_up.predicted_loss,
+        predicted_down=tail / energy if energy > 0 else 0.0,
+    )

@@ -1,0 +1,77 @@
+"""What every solver is given: one layer's weights, the tokens routed to it, and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from compress_tool.layer_stats import LayerStatistics
+from vllm_moesvd.format import MoEShape
+
+ExpertWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Dense fp32 weights of one expert: gate [F, D], up [F, D], down [D, F]."""
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+TOKEN_CHUNK = 4096
+"""Tokens multiplied at once: bounds the [chunk, F] intermediate, and is large enough for GEMM."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerProblem:
+    """One MoE layer to be factored.
+
+    `experts(e)` reads expert e's weights when asked, so that only one expert is in memory.
+    `store_dtype` is the dtype the factors will be rounded to: solvers refit against the rounded
+    shared factor, so that the rounding of V costs nothing.
+    """
+
+    shape: MoEShape
+    statistics: LayerStatistics
+    experts: Callable[[int], ExpertWeights]
+    activation: Activation
+    store_dtype: torch.dtype = torch.float32
+
+    def input_rows(self, expert: int, *, gated: bool = True) -> torch.Tensor:
+        """Tokens routed to an expert, times their gate if `gated`; fp32 [n, D]."""
+        token_n, gate_n = self.statistics.tokens_of(expert)
+        x_nD = self.statistics.x_TD[token_n].float()
+        return x_nD * gate_n.float()[:, None] if gated else x_nD
+
+    def neuron_rows(self, expert: int, *, gated: bool = True) -> torch.Tensor:
+        """Intermediate activations of an expert on its tokens, gated alike; fp32 [n, F]."""
+        gate_FD, up_FD, _ = self.experts(expert)
+        token_n, gate_n = self.statistics.tokens_of(expert)
+        x_nD = self.statistics.x_TD[token_n].float()
+        h_nF = self.activation(x_nD @ gate_FD.T) * (x_nD @ up_FD.T)
+        return h_nF * gate_n.float()[:, None] if gated else h_nF
+
+
+def routed_output(
+    statistics: LayerStatistics, experts: Callable[[int], ExpertWeights], activation: Activation
+) -> torch.Tensor:
+    """y = Σ_e g_e W2_e h_e over the routed experts of every token; fp32 [T, D]."""
+    y_TD = torch.zeros(statistics.x_TD.shape, dtype=torch.float32)
+    for expert in range(statistics.num_experts):
+        token_n, gate_n = statistics.tokens_of(expert)
+        if token_n.numel() == 0:
+            continue
+        gate_FD, up_FD, down_DF = experts(expert)
+        for start in range(0, token_n.numel(), TOKEN_CHUNK):
+            token_c = token_n[start : start + TOKEN_CHUNK]
+            x_cD = statistics.x_TD[token_c].float()
+            h_cF = activation(x_cD @ gate_FD.T) * (x_cD @ up_FD.T)
+            y_cD = (h_cF @ down_DF.T) * gate_n[start : start + TOKEN_CHUNK].float()[:, None]
+            y_TD.index_add_(0, token_c, y_cD)
+    return y_TD
+
+
+def relative_error(y_TD: torch.Tensor, approximation_TD: torch.Tensor) -> float:
+    """‖y − ŷ‖² / ‖y‖², in fp64 sums; 0 for a layer whose output is all zero and stays so."""
+    error = (y_TD.double() - approximation_TD.double()).square().sum().item()
+    energy = y_TD.double().square().sum().item()
+    if energy == 0.0:
+        return 0.0 if error == 0.0 else float("inf")
+    return error / energy

@@ -1,0 +1,145 @@
+"""One V for several weight matrices, and the exact least-squares U of each (mathematics §3.1).
+
+Minimises Σ_i Tr[(W_i − U_i V) G_i (W_i − U_i V)ᵀ] where G_i is the Gram of the rows that matrix i
+is applied to. U_i is the exact minimiser for the V that is stored. V is the global minimiser when
+all G_i are multiples of one C, in particular for a single matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compress_tool.factorize.whitening import (
+    GRAM_CHUNK,
+    damped,
+    gram,
+    orthonormal_rows,
+    solve_spd,
+    square_roots,
+    symmetric_eigen,
+    tail_share,
+)
+
+Rows = Callable[[int], torch.Tensor]
+Weight = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedBasis:
+    """V (`v_RD`, in the storage dtype's values), U per member (`u_MR`), fp32, and the spectrum.
+
+    `spectrum_D` are the eigenvalues of the pooled problem, largest first: the sum behind the rank
+    is the predicted loss. `energy` is Σ Tr[W G Wᵀ], `error` the loss of the returned factors,
+    both under the shrunk Grams the solver used.
+    """
+
+    v_RD: torch.Tensor
+    u_MR: dict[int, torch.Tensor]
+    spectrum_D: torch.Tensor
+    energy: float
+    error: float
+
+    @property
+    def predicted_loss(self) -> float:
+        """Tail share of the pooled spectrum behind the rank."""
+        return tail_share(self.spectrum_D, self.v_RD.shape[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pooled:
+    """Per-token pooled Gram C, and each member's row count and weight."""
+
+    c_DD: torch.Tensor
+    count: dict[int, int]
+    weight: dict[int, float]
+
+
+def solve_shared_basis(
+    members: Sequence[int],
+    rows: Rows,
+    weight: Weight,
+    rank: int,
+    *,
+    store_dtype: torch.dtype = torch.float32,
+) -> SharedBasis:
+    """Find V [rank, D] for `members`, then each member's U [m, rank].
+
+    `rows(i)` are the inputs of matrix i, gate weights included, fp32 [n_i, D]; `weight(i)` is
+    fp32 [m, D]. Members without rows take the pooled statistics. Grams are held one at a time.
+    """
+    pooled = _pool(members, rows)
+    root_DD, inverse_root_DD = square_roots(pooled.c_DD)
+    energy_DD = torch.zeros_like(pooled.c_DD)
+    for member in members:
+        w_mD = weight(member).double()
+        energy_DD += pooled.weight[member] * (w_mD.T @ w_mD)
+    spectrum_D, vectors_DD = symmetric_eigen(root_DD @ energy_DD @ root_DD)
+    v_RD = orthonormal_rows(vectors_DD[:, :rank].T @ inverse_root_DD)
+    stored_RD = v_RD.to(store_dtype)
+    factors: dict[int, torch.Tensor] = {}
+    energy = error = 0.0
+    for member in members:
+        refit = _refit(weight(member).double(), rows(member), stored_RD.double(), pooled, member)
+        factors[member] = refit.u_mR.float()
+        energy += refit.energy
+        error += refit.error
+    return SharedBasis(
+        v_RD=stored_RD.float(), u_MR=factors, spectrum_D=spectrum_D, energy=energy, error=error
+    )
+
+
+def _pool(members: Sequence[int], rows: Rows) -> _Pooled:
+    total_DD: torch.Tensor | None = None
+    count: dict[int, int] = {}
+    trace: dict[int, float] = {}
+    for member in members:
+        rows_nD = rows(member)
+        gram_DD = gram(rows_nD)
+        count[member] = rows_nD.shape[0]
+        trace[member] = gram_DD.diagonal().sum().item()
+        total_DD = gram_DD if total_DD is None else total_DD + gram_DD
+    assert total_DD is not None, "a group has at least one member"
+    c_DD = damped(total_DD / max(1, sum(count.values())))
+    c_trace = c_DD.diagonal().sum().item()
+    # The trace of the shrunk Gram in units of C: gate weights and token norms included.
+    weight = {
+        member: (1 - _shrinkage(count[member], c_DD)) * trace[member] / c_trace
+        + _shrinkage(count[member], c_DD) * max(1, count[member])
+        for member in members
+    }
+    return _Pooled(c_DD=c_DD, count=count, weight=weight)
+
+
+def _shrinkage(num_rows: int, c_DD: torch.Tensor) -> float:
+    """α = D/(n + D): an expert with fewer tokens than dimensions leans on the pooled Gram."""
+    size = c_DD.shape[0]
+    return size / (num_rows + size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Refit:
+    u_mR: torch.Tensor
+    energy: float
+    error: float
+
+
+def _refit(
+    w_mD: torch.Tensor, rows_nD: torch.Tensor, v_RD: torch.Tensor, pooled: _Pooled, member: int
+) -> _Refit:
+    """U = W G Vᵀ (V G Vᵀ)⁻¹ for G = (1−α) G_i + α n_i C, without forming G_i."""
+    alpha = _shrinkage(rows_nD.shape[0], pooled.c_DD)
+    prior_DD = alpha * max(1, rows_nD.shape[0]) * pooled.c_DD
+    cross_DR = prior_DD @ v_RD.T
+    energy = (w_mD @ prior_DD * w_mD).sum().item()
+    for chunk_cD in torch.split(rows_nD, GRAM_CHUNK):
+        wide_cD = chunk_cD.double()
+        cross_DR += (1 - alpha) * (wide_cD.T @ (wide_cD @ v_RD.T))
+        energy += (1 - alpha) * (wide_cD @ w_mD.T).square().sum().item()
+    inner_RR = v_RD @ cross_DR
+    target_mR = w_mD @ cross_DR
+    u_mR = solve_spd((inner_RR + inner_RR.T) / 2, target_mR.T).T
+    error = energy - (u_mR * target_mR).sum().item()
+    return _Refit(u_mR=u_mR, energy=energy, error=max(0.0, error))

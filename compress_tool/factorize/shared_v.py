@@ -1,0 +1,105 @@
+"""The shared-V form: per projection one V for each group of experts, one U for each expert.
+
+A group of one expert is the activation-weighted SVD of that expert: method `svd` is this solver
+with every expert in a group of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compress_tool.factorize.problem import LayerProblem
+from compress_tool.factorize.shared_basis import SharedBasis, solve_shared_basis
+from compress_tool.factors import SharedFactors
+from vllm_moesvd.format import PROJECTIONS, Projection
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedSolution:
+    """Factors, and per projection the tail share of the pooled spectra behind the rank.
+
+    The spectra are those of the first group, for the report.
+    """
+
+    factors: SharedFactors
+    spectrum_gate_up: torch.Tensor
+    spectrum_down: torch.Tensor
+    predicted_gate_up: float
+    predicted_down: float
+
+
+def contiguous_groups(num_experts: int, num_groups: int) -> tuple[int, ...]:
+    """Group of each expert, in id order and as even as possible (paper, Appendix D.4)."""
+    return tuple(expert * num_groups // num_experts for expert in range(num_experts))
+
+
+def solve_shared_v(
+    problem: LayerProblem, rank_gate_up: int, rank_down: int, *, num_groups: int = 1
+) -> SharedSolution:
+    """Factor one layer with `num_groups` V matrices per projection."""
+    num_experts = problem.shape.num_experts
+    slot_group = contiguous_groups(num_experts, num_groups)
+    ranks: dict[Projection, int] = {
+        "gate": rank_gate_up,
+        "up": rank_gate_up,
+        "down": rank_down,
+    }
+    solved: dict[Projection, list[SharedBasis]] = {
+        projection: [
+            _solve_group(problem, projection, _members(slot_group, group), ranks[projection])
+            for group in range(num_groups)
+        ]
+        for projection in PROJECTIONS
+    }
+
+    def v(projection: Projection) -> torch.Tensor:
+        return torch.stack([basis.v_RD for basis in solved[projection]])
+
+    def u(projection: Projection) -> torch.Tensor:
+        bases = solved[projection]
+        return torch.stack(
+            [bases[slot_group[expert]].u_MR[expert] for expert in range(num_experts)]
+        )
+
+    return SharedSolution(
+        factors=SharedFactors(
+            v_gate_GRD=v("gate"),
+            v_up_GRD=v("up"),
+            v_down_GRF=v("down"),
+            u_gate_SFR=u("gate"),
+            u_up_SFR=u("up"),
+            u_down_SDR=u("down"),
+            expert_slot=tuple(range(num_experts)),
+            slot_group=slot_group,
+            form="svd" if num_groups == num_experts else "shared-v",
+        ),
+        spectrum_gate_up=solved["gate"][0].spectrum_D,
+        spectrum_down=solved["down"][0].spectrum_D,
+        predicted_gate_up=_predicted(solved["gate"] + solved["up"]),
+        predicted_down=_predicted(solved["down"]),
+    )
+
+
+def _members(slot_group: tuple[int, ...], group: int) -> list[int]:
+    return [expert for expert, own in enumerate(slot_group) if own == group]
+
+
+def _solve_group(
+    problem: LayerProblem, projection: Projection, members: list[int], rank: int
+) -> SharedBasis:
+    position = PROJECTIONS.index(projection)
+    return solve_shared_basis(
+        members,
+        problem.neuron_rows if projection == "down" else problem.input_rows,
+        lambda expert: problem.experts(expert)[position],
+        rank,
+        store_dtype=problem.store_dtype,
+    )
+
+
+def _predicted(bases: list[SharedBasis]) -> float:
+    energy = sum(basis.spectrum_D.clamp(min=0).sum().item() for basis in bases)
+    tail = sum(basis.predicted_loss * basis.spectrum_D.clamp(min=0).sum().item() for basis in bases)
+    return tail / energy if energy > 0 else 0.0
