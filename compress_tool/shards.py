@@ -6,7 +6,8 @@ Peak memory: the tensors handed in, and one copy buffer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,14 +25,23 @@ _HEADER_ALIGNMENT: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Deferred:
+    """A tensor that is computed when its turn to be written comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One tensor of a shard to be: its name, and a tensor or the place of its bytes on disk."""
+    """One tensor of a shard to be: in memory, computed when it is due, or copied from a file."""
 
     name: str
-    data: torch.Tensor | TensorInfo
+    data: torch.Tensor | Deferred | TensorInfo
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, torch.Tensor) and self.data.dtype not in _DTYPE_CODES:
+        if not isinstance(self.data, TensorInfo) and self.data.dtype not in _DTYPE_CODES:
             raise ValueError(f"{self.name}: cannot store {self.data.dtype}")
 
     @property
@@ -42,7 +52,21 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        return self.data.num_bytes if isinstance(self.data, TensorInfo) else self.data.nbytes
+        return math.prod(self.data.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The payload bytes."""
+        if isinstance(self.data, TensorInfo):
+            yield from read_range(self.data.file, self.data.start, self.data.end)
+            return
+        tensor = self.data if isinstance(self.data, torch.Tensor) else self.data.load()
+        if tensor.dtype != self.data.dtype or tuple(tensor.shape) != tuple(self.data.shape):
+            raise ValueError(
+                f"{self.name}: got {tensor.dtype} {tuple(tensor.shape)}, announced was "
+                f"{self.data.dtype} {tuple(self.data.shape)}"
+            )
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        yield flat.numpy().data
 
 
 def write_shard(path: Path, parts: Sequence[Part]) -> FileDigest:
@@ -127,8 +151,4 @@ def _shard_chunks(parts: Sequence[Part]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     yield len(text).to_bytes(LENGTH_BYTES, "little") + text
     for part in parts:
-        if isinstance(part.data, TensorInfo):
-            yield from read_range(part.data.file, part.data.start, part.data.end)
-        else:
-            flat = part.data.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            yield flat.numpy().data
+        yield from part.chunks()

@@ -48,7 +48,7 @@ CARRIED_FILES: Final = (
 )
 """Copied byte for byte if present. A fixed list: no name out of a file becomes a path."""
 MAX_RECORD_BYTES: Final = 64 * 2**20
-_OUTER: Final = -1
+OUTER: Final = -1
 """Index of the shard with the tensors outside the layers."""
 
 
@@ -128,12 +128,22 @@ class OutputFolder:
             names = [name for name in names if name not in replaced]
         parts = copied_parts(source, names)
         parts += [Part(name=name, data=data) for name, data in (tensors or {}).items()]
-        self._save(layer, parts, entry)
+        self.save_parts(layer, parts, entry)
 
     def carry_over(self, source: Checkpoint) -> None:
         """Copy the tensors outside the layers; does nothing if that is done."""
-        if self._record(_OUTER) is None:
-            self._save(_OUTER, copied_parts(source, source.outer_tensors()), {})
+        if self._record(OUTER) is None:
+            self.save_parts(OUTER, copied_parts(source, source.outer_tensors()), {})
+
+    def save_parts(self, index: int, parts: Sequence[Part], entry: Mapping[str, Any]) -> None:
+        """Write the shard of one layer, or of `OUTER`, from any parts."""
+        digest = write_shard(self._shard(index), parts)
+        record = {
+            "digest": {"num_bytes": digest.num_bytes, "sha256": digest.sha256},
+            "entry": dict(entry),
+        }
+        text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        write_file(self._layers / self._record_name(index), [text.encode()])
 
     def finish(
         self,
@@ -181,23 +191,14 @@ class OutputFolder:
     def _collect(self) -> tuple[dict[str, FileDigest], dict[int, dict[str, Any]]]:
         digests: dict[str, FileDigest] = {}
         entries: dict[int, dict[str, Any]] = {}
-        for index in range(_OUTER, self.num_layers):
+        for index in range(OUTER, self.num_layers):
             record = self._record(index)
             if record is None:
                 raise ValueError(f"{self._shard(index).name} has not been saved")
             digests[self._shard(index).name] = FileDigest(**record["digest"])
-            if index != _OUTER:
+            if index != OUTER:
                 entries[index] = record["entry"]
         return digests, entries
-
-    def _save(self, index: int, parts: Sequence[Part], entry: Mapping[str, Any]) -> None:
-        digest = write_shard(self._shard(index), parts)
-        record = {
-            "digest": {"num_bytes": digest.num_bytes, "sha256": digest.sha256},
-            "entry": dict(entry),
-        }
-        text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        write_file(self._layers / self._record_name(index), [text.encode()])
 
     def _record(self, index: int) -> dict[str, Any] | None:
         name = self._record_name(index)
@@ -209,7 +210,7 @@ class OutputFolder:
         return record if is_whole else None
 
     def _record_name(self, index: int) -> str:
-        return "outer.json" if index == _OUTER else f"layer-{index:05}.json"
+        return "outer.json" if index == OUTER else f"layer-{index:05}.json"
 
     def _shard(self, index: int) -> Path:
         number = index + 2
