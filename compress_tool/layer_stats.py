@@ -7,19 +7,17 @@ take 52 GB for one layer of a 256-expert model. Legend: T tokens, K top-k, E exp
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from compress_tool.errors import InputError, NumericsError
+from compress_tool.errors import InputError
+from compress_tool.stats_writer import StatisticsWriter, check_batch
 
 CHUNK_TOKENS: Final = 2048
 """Tokens multiplied at once: 64 MB of fp64 at D = 4096. The result does not depend on it."""
@@ -42,7 +40,7 @@ class LayerStatistics:
     num_experts: int
 
     def __post_init__(self) -> None:
-        _check_batch(self.x_TD, self.index_TK, self.gate_TK, self.num_experts)
+        check_batch(self.x_TD, self.index_TK, self.gate_TK, self.num_experts)
 
     @property
     def num_tokens(self) -> int:
@@ -129,115 +127,5 @@ class LayerStatistics:
         return torch.cat(parts)
 
 
-class StatisticsWriter:
-    """Writes a LayerStatistics file batch by batch, so X never has to be in memory as a whole.
-
-    A context manager: leaving it normally syncs the file and gives it its name; leaving it by an
-    exception, or with fewer than `num_tokens` tokens added, removes what was written.
-    """
-
-    def __init__(
-        self, path: Path, *, num_tokens: int, hidden_size: int, top_k: int, num_experts: int
-    ) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._num_tokens = num_tokens
-        self._num_experts = num_experts
-        index_bytes, gate_bytes = num_tokens * top_k * 8, num_tokens * top_k * 4
-        x_end = index_bytes + gate_bytes + num_tokens * hidden_size * 4
-        # The int64 tensor comes first: then all three are aligned, whatever T, K and D are.
-        entries = (
-            ("index_TK", "I64", top_k, 0, index_bytes),
-            ("gate_TK", "F32", top_k, index_bytes, index_bytes + gate_bytes),
-            ("x_TD", "F32", hidden_size, index_bytes + gate_bytes, x_end),
-        )
-        header: dict[str, object] = {"__metadata__": {"num_experts": str(num_experts)}}
-        for name, dtype, columns, start, end in entries:
-            header[name] = {
-                "dtype": dtype,
-                "shape": [num_tokens, columns],
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._index_at = 8 + len(text)
-        self._gate_at = self._index_at + index_bytes
-        self._x_at = self._gate_at + gate_bytes
-        self._written = 0
-        self._file = self._partial.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-
-    def add(self, x_TD: torch.Tensor, index_TK: torch.Tensor, gate_TK: torch.Tensor) -> None:
-        """Append the next tokens; raises NumericsError when an input or a gate is not finite."""
-        _check_batch(x_TD, index_TK, gate_TK, self._num_experts)
-        for name, tensor in (("input", x_TD), ("gate", gate_TK)):
-            finite = tensor.isfinite().all(dim=1)
-            if not finite.all():
-                token = self._written + int(finite.logical_not().nonzero()[0])
-                raise NumericsError(
-                    f"{self._path.name}: the {name} of the experts at calibration token {token} is "
-                    "NaN or infinite; check the source weights, or calibrate in float32"
-                )
-        for start, tensor in ((self._index_at, index_TK), (self._gate_at, gate_TK)):
-            self._file.seek(start + self._written * tensor.shape[1] * tensor.element_size())
-            self._file.write(_bytes(tensor))
-        self._file.seek(self._x_at + self._written * x_TD.shape[1] * 4)
-        self._file.write(_bytes(x_TD))
-        self._written += x_TD.shape[0]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with self._file:
-            complete = error is None and self._written == self._num_tokens
-            if complete:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        if complete:
-            self._partial.replace(self._path)
-            return
-        self._partial.unlink(missing_ok=True)
-        if error is None:
-            raise AssertionError(f"{self._written} tokens written of {self._num_tokens}")
-
-
-def _check_batch(
-    x_TD: torch.Tensor, index_TK: torch.Tensor, gate_TK: torch.Tensor, num_experts: int
-) -> None:
-    for name, tensor, dtype in (
-        ("x_TD", x_TD, torch.float32),
-        ("index_TK", index_TK, torch.int64),
-        ("gate_TK", gate_TK, torch.float32),
-    ):
-        if tensor.dtype != dtype or tensor.dim() != 2:
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected a matrix of "
-                f"{dtype}"
-            )
-    if not (x_TD.shape[0] == index_TK.shape[0] and index_TK.shape == gate_TK.shape):
-        raise ValueError(
-            f"x_TD {tuple(x_TD.shape)}, index_TK {tuple(index_TK.shape)} and gate_TK "
-            f"{tuple(gate_TK.shape)} do not agree on tokens and top-k"
-        )
-    if not 1 <= index_TK.shape[1] <= num_experts:
-        raise ValueError(f"top-k is {index_TK.shape[1]} with {num_experts} experts")
-    if index_TK.numel() and (int(index_TK.min()) < 0 or int(index_TK.max()) >= num_experts):
-        raise ValueError(f"index_TK names an expert outside 0 to {num_experts - 1}")
-    ordered = index_TK.sort(dim=1).values
-    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise ValueError("index_TK names the same expert twice for one token")
-
-
 def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, start + CHUNK_TOKENS) for start in range(0, length, CHUNK_TOKENS))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    array: Any = tensor.detach().cpu().contiguous().numpy()
-    return memoryview(array).cast("B")

@@ -1,0 +1,277 @@
+"""A model run by transformers' own code with one part of its weights in memory at a time.
+
+The parts are the embedding, each decoder layer, and the head. The model is built on the meta
+device; a part is read from disk by tensor name when it is used and dropped when another one is.
+
+Memory: the largest part (a decoder layer in `dtype`), the hidden states the caller holds
+(N * S * D numbers), and the activations of one batch. Nothing grows with the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final
+
+import torch
+
+from compress_tool.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from compress_tool.errors import InputError, NumericsError, UnsupportedError, UsageError
+from compress_tool.experts import Observer, check_experts
+from compress_tool.meta_model import meta_model
+from compress_tool.packing import folded_expert, layer_bias
+
+HEAD: Final = "head"
+MAX_KEPT_SHAPES: Final = 4
+"""Batch shapes whose masks and position embeddings are kept: full and last, of two lengths."""
+
+_LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class StreamedModel:
+    """A causal language model over a Checkpoint, dense or factored, layer by layer.
+
+    `embed`, then `run_layer` for 0, 1, …, then `logits`: the same numbers as the model's own
+    forward, up to rounding. Not thread-safe: it owns the weights of the part in use.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Build the model on the meta device and load what is neither embedding, layer nor head."""
+        self._checkpoint = checkpoint
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._model = meta_model(checkpoint, dtype, self._device)
+        self._layers = list(self._model.base_model.layers)
+        self._experts = [
+            self._model.get_submodule(checkpoint.family.fused_prefix.format(layer=layer))
+            for layer in range(checkpoint.num_layers)
+        ]
+        for layer, experts in enumerate(self._experts):
+            check_experts(experts, checkpoint.family.fused_prefix.format(layer=layer))
+            experts.moesvd_observer = experts.moesvd_bias_D = None
+        self._meta = dict(self._model.named_parameters(remove_duplicate=False))
+        self._meta |= {n: b for n, b in self._model.named_buffers() if n in _state(self._model)}
+        self._loaded: str | int | None = None
+        self._calls: dict[tuple[int, int], list[_LayerCall]] = {}
+        outer = set(checkpoint.outer_tensors()) - {EMBEDDING, LM_HEAD}
+        for name in outer:
+            self._place(name, checkpoint.read(name))
+        prefix = f"{self._model.base_model_prefix}.layers."
+        self._check_complete(
+            [n for n in self._meta if n not in (EMBEDDING, LM_HEAD) and not n.startswith(prefix)]
+        )
+
+    @torch.no_grad()
+    def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """Token ids to the hidden states [B, S, D] that enter layer 0, on the CPU.
+
+        Raises InputError for an id outside the vocabulary, UsageError for sequences longer than
+        the model's positions.
+        """
+        longest = self._checkpoint.config.get("max_position_embeddings")
+        if longest is not None and ids_BS.shape[1] > longest:
+            raise UsageError(
+                f"sequences of {ids_BS.shape[1]} tokens asked, the model's "
+                f"max_position_embeddings is {longest}; use a smaller --seq-len"
+            )
+        vocab_size = self._checkpoint.tensors[EMBEDDING].shape[0]
+        if ids_BS.numel() and not (int(ids_BS.min()) >= 0 and int(ids_BS.max()) < vocab_size):
+            raise InputError(
+                f"{self._checkpoint.path}: the tokenizer gives token {int(ids_BS.max())}, the "
+                f"vocabulary has {vocab_size}; the tokenizer is not the model's own"
+            )
+        self._load(EMBEDDING)
+        entering: list[torch.Tensor] = []
+
+        def record(layer: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if layer == 0:
+                entering.append(hidden)
+            return hidden
+
+        with self._layers_replaced(record):
+            self._model.base_model(input_ids=ids_BS.to(self._device), use_cache=False)
+        return entering[0].cpu()
+
+    def load_layer(self, layer: int) -> None:
+        """Read the weights of one decoder layer, and drop the part that was in memory."""
+        self._load(layer)
+
+    def free_layer(self, layer: int) -> None:
+        """Drop the weights of `layer`, if they are in memory."""
+        if self._loaded == layer:
+            self._free()
+
+    @torch.no_grad()
+    def run_layer(
+        self,
+        layer: int,
+        hidden_NSD: torch.Tensor,
+        batch_size: int,
+        observer: Observer | None = None,
+    ) -> torch.Tensor:
+        """Replace the hidden states of all sequences by what `layer` makes of them; returns them.
+
+        `observer` sees the input of the routed experts and the routing, batch by batch in order.
+        Raises NumericsError when an output is not finite.
+        """
+        self._load(layer)
+        self._experts[layer].moesvd_observer = observer
+        try:
+            for start in range(0, hidden_NSD.shape[0], batch_size):
+                rows = slice(start, start + batch_size)
+                hidden = hidden_NSD[rows].to(self._device, self._dtype)
+                args, kwargs = self._layer_calls(*hidden.shape[:2])[layer]
+                output = self._layers[layer](hidden, *args, **kwargs)
+                output = output[0] if isinstance(output, tuple) else output
+                if not output.isfinite().all():
+                    raise NumericsError(
+                        f"{self._checkpoint.path}: layer {layer} gives NaN or infinite hidden "
+                        f"states in {self._dtype}; check the weights of that layer, or use float32"
+                    )
+                hidden_NSD[rows] = output.to(hidden_NSD)
+        finally:
+            self._experts[layer].moesvd_observer = None
+        return hidden_NSD
+
+    @torch.no_grad()
+    def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """Hidden states that left the last layer to logits [B, S, V], fp32, on the device."""
+        self._load(HEAD)
+        hidden = hidden_BSD.to(self._device, self._dtype)
+        with self._layers_replaced(lambda layer, hidden, *args, **kwargs: hidden):
+            logits: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+        return logits.float()
+
+    def _layer_calls(self, batch_size: int, seq_len: int) -> list[_LayerCall]:
+        """The masks and positions that the model's own forward passes to each of its layers."""
+        shape = (batch_size, seq_len)
+        if shape not in self._calls:
+            if len(self._calls) >= MAX_KEPT_SHAPES:
+                self._calls.clear()
+            calls: list[_LayerCall] = []
+
+            def record(layer: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                calls.append((args, kwargs))
+                return hidden
+
+            size = self._checkpoint.shape.hidden_size
+            zeros = torch.zeros(*shape, size, dtype=self._dtype, device=self._device)
+            with self._layers_replaced(record):
+                self._model.base_model(inputs_embeds=zeros, use_cache=False)
+            self._calls[shape] = calls
+        return self._calls[shape]
+
+    @contextmanager
+    def _layers_replaced(self, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Call `function(layer, hidden, …)` in place of every decoder layer's forward."""
+        for index, layer in enumerate(self._layers):
+            layer.forward = partial(function, index)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.forward
+
+    def _load(self, part: str | int) -> None:
+        """Bring the embedding, the head or a decoder layer into memory, alone."""
+        if self._loaded == part:
+            return
+        self._free()
+        self._loaded = part
+        if part == EMBEDDING:
+            self._place(EMBEDDING, self._checkpoint.read(EMBEDDING))
+        elif part == HEAD:
+            source = EMBEDDING if self._checkpoint.tied_embeddings else LM_HEAD
+            self._place(LM_HEAD, self._checkpoint.read(source))
+        else:
+            assert isinstance(part, int)
+            self._load_decoder_layer(part)
+
+    def _free(self) -> None:
+        part, self._loaded = self._loaded, None
+        if part is None:
+            return
+        if isinstance(part, int):
+            prefix = f"{self._model.base_model_prefix}.layers.{part}."
+            self._experts[part].moesvd_bias_D = None
+        else:
+            prefix = EMBEDDING if part == EMBEDDING else LM_HEAD
+        for name in self._meta:
+            if name.startswith(prefix):
+                self._set(name, self._meta[name])
+
+    def _load_decoder_layer(self, layer: int) -> None:
+        checkpoint, family = self._checkpoint, self._checkpoint.family
+        expert_names = set(checkpoint.expert_tensors(layer))
+        # transformers 5 names the routed block otherwise than the published checkpoints do.
+        published = family.experts_prefix.format(layer=layer).removesuffix("experts")
+        module = family.fused_prefix.format(layer=layer).removesuffix("experts")
+        for name in checkpoint.layer_tensors(layer):
+            if name not in expert_names:
+                renamed = name
+                if name.startswith(published):
+                    renamed = module + name.removeprefix(published)
+                self._place(renamed, checkpoint.read(name))
+        gate_up_EFD, down_EDF = self._stacked_experts(layer)
+        self._place(f"{module}experts.gate_up_proj", gate_up_EFD)
+        self._place(f"{module}experts.down_proj", down_EDF)
+        bias_D = layer_bias(checkpoint, layer)
+        self._experts[layer].moesvd_bias_D = None if bias_D is None else bias_D.to(self._device)
+        prefix = f"{self._model.base_model_prefix}.layers.{layer}."
+        self._check_complete([name for name in self._meta if name.startswith(prefix)])
+
+    def _stacked_experts(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F], filled expert by expert."""
+        checkpoint = self._checkpoint
+        num_experts, size = checkpoint.shape.num_experts, checkpoint.shape.hidden_size
+        blank = torch.empty(0, dtype=self._dtype, device=self._device)
+        gate_up_EFD = down_EDF = blank
+        for expert in range(num_experts):
+            gate_FD, up_FD, down_DF = folded_expert(checkpoint, layer, expert)
+            width = gate_FD.shape[0]
+            if expert == 0:
+                gate_up_EFD = blank.new_empty(num_experts, 2 * width, size)
+                down_EDF = blank.new_empty(num_experts, size, width)
+            gate_up_EFD[expert, :width] = gate_FD
+            gate_up_EFD[expert, width:] = up_FD
+            down_EDF[expert] = down_DF
+        return gate_up_EFD, down_EDF
+
+    def _place(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor where the model keeps the parameter or buffer `name`."""
+        if name not in self._meta:
+            raise UnsupportedError(
+                f"{self._checkpoint.path}: tensor {name} has no place in transformers' "
+                f"{type(self._model).__name__}; this transformers version is not supported"
+            )
+        tensor = tensor.to(self._device, self._dtype)
+        if isinstance(self._meta[name], torch.nn.Parameter):
+            tensor = torch.nn.Parameter(tensor, requires_grad=False)
+        self._set(name, tensor)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(path), leaf, tensor)
+
+    def _check_complete(self, names: list[str]) -> None:
+        """Every named parameter must be real: one left on meta was in no checkpoint tensor."""
+        state = _state(self._model)
+        missing = [name for name in names if state[name].is_meta]
+        if missing:
+            raise UnsupportedError(
+                f"{self._checkpoint.path}: transformers' {type(self._model).__name__} has the "
+                f"parameter {missing[0]}, the checkpoint does not; this transformers version is "
+                "not supported"
+            )
+
+
+def _state(model: Any) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    return state
