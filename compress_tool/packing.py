@@ -92,6 +92,31 @@ def folded_expert(
     return gate @ v_RD, up @ v_RD, read("moesvd.q_down") @ down
 
 
+def folded_factors(
+    factors: LayerFactors, expert: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `folded_expert` will give for these factors once they are stored in `dtype`."""
+
+    def stored(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype).float()
+
+    if isinstance(factors, NarrowFactors):
+        gate, up, down = factors.gate_EFD, factors.up_EFD, factors.down_EDF
+        return stored(gate[expert]), stored(up[expert]), stored(down[expert])
+    if isinstance(factors, LatentFactors):
+        v_RD, q_DR = stored(factors.v_gate_up_RD), stored(factors.q_DR)
+        gate_FD = stored(factors.gate_EFR[expert]) @ v_RD
+        up_FD = stored(factors.up_EFR[expert]) @ v_RD
+        return gate_FD, up_FD, q_DR @ stored(factors.down_ERF[expert])
+    slot = factors.expert_slot[expert]
+    group = factors.slot_group[slot]
+    return (
+        stored(factors.u_gate_SFR[slot]) @ stored(factors.v_gate_GRD[group]),
+        stored(factors.u_up_SFR[slot]) @ stored(factors.v_up_GRD[group]),
+        stored(factors.u_down_SDR[slot]) @ stored(factors.v_down_GRF[group]),
+    )
+
+
 def layer_bias(checkpoint: Checkpoint, layer: int) -> torch.Tensor | None:
     """The fp32 vector [D] added once per token to the routed output, or None."""
     spec = None if checkpoint.spec is None else checkpoint.spec.layers.get(layer)

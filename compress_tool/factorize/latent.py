@@ -52,12 +52,13 @@ def solve_latent(
         store_dtype=problem.store_dtype,
     )
     mean_D = y_TD.double().mean(dim=0) if centre else None
-    moment_DD = gram(y_TD if mean_D is None else y_TD.double() - mean_D)
+    centred_TD = y_TD if mean_D is None else y_TD.double() - mean_D
+    moment_DD = gram(centred_TD, problem.device)
     spectrum_D, vectors_DD = symmetric_eigen(moment_DD)
     q_DR = vectors_DD[:, :rank_down].to(problem.store_dtype).double()
     # Q was rounded: least squares against the stored values, not the transpose.
     project_RD = solve_spd(q_DR.T @ q_DR, q_DR.T)
-    bias_D = None if mean_D is None else (mean_D - q_DR @ (project_RD @ mean_D)).float()
+    bias_D = None if mean_D is None else _bias(mean_D.to(q_DR.device), q_DR, project_RD)
     down = [(project_RD @ problem.experts(expert)[2].double()).float() for expert in experts]
     energy = y_TD.double().square().sum().item()
     tail = tail_share(spectrum_D, rank_down) * spectrum_D.clamp(min=0).sum().item()
@@ -75,3 +76,8 @@ def solve_latent(
         predicted_gate_up=gate_up.predicted_loss,
         predicted_down=tail / energy if energy > 0 else 0.0,
     )
+
+
+def _bias(mean_D: torch.Tensor, q_DR: torch.Tensor, project_RD: torch.Tensor) -> torch.Tensor:
+    """b = (I − Q Q⁺) μ: the part of the mean that Q cannot carry."""
+    return (mean_D - q_DR @ (project_RD @ mean_D)).float()

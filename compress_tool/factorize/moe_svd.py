@@ -14,7 +14,7 @@ output a function of the weights and the statistics.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 
@@ -24,11 +24,6 @@ from compress_tool.factorize.shared_v import contiguous_groups
 from compress_tool.factorize.whitening import damped, gram
 from compress_tool.factors import SharedFactors
 from vllm_moesvd.format import PROJECTIONS, Projection
-
-Combine = Literal["eq8", "alg3", "mean", "frequency"]
-Whitening = Literal["top", "expert"]
-COMBINES: Final[tuple[Combine, ...]] = ("eq8", "alg3", "mean", "frequency")
-WHITENINGS: Final[tuple[Whitening, ...]] = ("top", "expert")
 
 CHOLESKY_DAMPING: Final = 1e-4
 """Share of the mean eigenvalue added before the Cholesky factorisation.
@@ -50,8 +45,8 @@ class MoESVDOptions:
 
     k: int = 2
     groups: int = 1
-    combine: Combine = "eq8"
-    whitening: Whitening = "top"
+    combine: str = "eq8"
+    whitening: str = "top"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,49 +79,75 @@ def trimmed_experts(frequency_E: torch.Tensor, members: list[int], k: int) -> di
     return combined
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrimmedSlots:
+    """Which functions are left after trimming.
+
+    `slot_experts[s]` are the experts whose U slot s combines, `top[g]` the most frequent expert of
+    group g, whose V the group uses.
+    """
+
+    expert_slot: tuple[int, ...]
+    slot_group: tuple[int, ...]
+    slot_experts: tuple[tuple[int, ...], ...]
+    expert_group: tuple[int, ...]
+    top: tuple[int, ...]
+
+
+def trimmed_slots(frequency_E: torch.Tensor, options: MoESVDOptions) -> TrimmedSlots:
+    """Experts of one group that combine the same U are one slot, unless each has a V of its own."""
+    num_experts = frequency_E.shape[0]
+    expert_group = contiguous_groups(num_experts, options.groups)
+    combined: dict[int, list[int]] = {}
+    top: list[int] = []
+    for group in range(options.groups):
+        members = [expert for expert in range(num_experts) if expert_group[expert] == group]
+        top.append(min(members, key=lambda member: (-frequency_E[member].item(), member)))
+        combined |= trimmed_experts(frequency_E, members, options.k)
+    own_v = options.whitening == "expert"
+    key_slot: dict[tuple[int, ...], int] = {}
+    expert_slot: list[int] = []
+    slot_group: list[int] = []
+    slot_experts: list[tuple[int, ...]] = []
+    for expert in range(num_experts):
+        key = (-1, expert) if own_v else tuple(combined[expert])
+        if key not in key_slot:
+            key_slot[key] = len(slot_experts)
+            slot_experts.append(tuple(combined[expert]))
+            slot_group.append(expert if own_v else expert_group[expert])
+        expert_slot.append(key_slot[key])
+    return TrimmedSlots(
+        expert_slot=tuple(expert_slot),
+        slot_group=tuple(slot_group),
+        slot_experts=tuple(slot_experts),
+        expert_group=expert_group,
+        top=tuple(top),
+    )
+
+
 def solve_moe_svd(
     problem: LayerProblem, rank_gate_up: int, rank_down: int, options: MoESVDOptions
 ) -> SharedFactors:
     """Factor one layer by the printed formulas; experts with the same U list share a slot."""
     num_experts = problem.shape.num_experts
     frequency_E = problem.statistics.counts_E.double()
-    expert_group = contiguous_groups(num_experts, options.groups)
-    combined: dict[int, list[int]] = {}
-    top: dict[int, int] = {}
-    for group in range(options.groups):
-        members = [expert for expert in range(num_experts) if expert_group[expert] == group]
-        top[group] = min(members, key=lambda member: (-frequency_E[member].item(), member))
-        combined |= trimmed_experts(frequency_E, members, options.k)
-    own_v = options.whitening == "expert"
-    key_slot: dict[tuple[int, ...], int] = {}
-    expert_slot: list[int] = []
-    slot_expert: list[int] = []
-    for expert in range(num_experts):
-        key = (expert,) if own_v else tuple(combined[expert])
-        if key not in key_slot:
-            key_slot[key] = len(slot_expert)
-            slot_expert.append(expert)
-        expert_slot.append(key_slot[key])
-    slot_group = (
-        tuple(range(num_experts))
-        if own_v
-        else tuple(expert_group[expert] for expert in slot_expert)
-    )
+    slots = trimmed_slots(frequency_E, options)
+    group_of, top = slots.expert_group, slots.top
     u: dict[Projection, torch.Tensor] = {}
     v: dict[Projection, torch.Tensor] = {}
     for projection in PROJECTIONS:
         rank = rank_down if projection == "down" else rank_gate_up
-        tops = {g: _decompose(problem, projection, expert, rank) for g, expert in top.items()}
+        tops = [_decompose(problem, projection, expert, rank) for expert in top]
         parts = [
-            tops[expert_group[e]]
-            if e == top[expert_group[e]]
-            else _decompose(problem, projection, e, rank, tops[expert_group[e]].v_Rn)
+            tops[group_of[e]]
+            if e == top[group_of[e]]
+            else _decompose(problem, projection, e, rank, tops[group_of[e]].v_Rn)
             for e in range(num_experts)
         ]
         u[projection] = torch.stack(
-            [_combine(parts, combined[expert], frequency_E, options) for expert in slot_expert]
+            [_combine(parts, experts, frequency_E, options) for experts in slots.slot_experts]
         ).float()
-        v_experts = range(num_experts) if own_v else [top[g] for g in range(options.groups)]
+        v_experts = range(num_experts) if options.whitening == "expert" else top
         v[projection] = torch.stack([parts[e].shared_v_Rn for e in v_experts]).float()
     return SharedFactors(
         v_gate_GRD=v["gate"],
@@ -135,8 +156,8 @@ def solve_moe_svd(
         u_gate_SFR=u["gate"],
         u_up_SFR=u["up"],
         u_down_SDR=u["down"],
-        expert_slot=tuple(expert_slot),
-        slot_group=slot_group,
+        expert_slot=slots.expert_slot,
+        slot_group=slots.slot_group,
         form="shared-v",
     )
 
@@ -174,7 +195,7 @@ def _decompose(
 
 def _combine(
     parts: list[_Decomposed],
-    experts: list[int],
+    experts: tuple[int, ...],
     frequency_E: torch.Tensor,
     options: MoESVDOptions,
 ) -> torch.Tensor:
@@ -187,7 +208,7 @@ def _combine(
         return scaled.sum(dim=0)
     if options.combine == "mean":
         return scaled.mean(dim=0)
-    weight = frequency_E[experts]
+    weight = frequency_E[list(experts)]
     weight = (
         weight / weight.sum() if weight.sum() > 0 else torch.full_like(weight, 1 / len(experts))
     )

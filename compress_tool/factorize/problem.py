@@ -25,7 +25,8 @@ class LayerProblem:
 
     `experts(e)` reads expert e's weights when asked, so that only one expert is in memory.
     `store_dtype` is the dtype the factors will be rounded to: solvers refit against the rounded
-    shared factor, so that the rounding of V costs nothing.
+    shared factor, so that the rounding of V costs nothing. Weights arrive on the device that
+    computes; statistics stay where they are and move there row by row.
     """
 
     shape: MoEShape
@@ -33,26 +34,27 @@ class LayerProblem:
     experts: Callable[[int], ExpertWeights]
     activation: Activation
     store_dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
 
     def input_rows(self, expert: int, *, gated: bool = True) -> torch.Tensor:
         """Tokens routed to an expert, times their gate if `gated`; fp32 [n, D]."""
         token_n, gate_n = self.statistics.tokens_of(expert)
-        x_nD = self.statistics.x_TD[token_n].float()
-        return x_nD * gate_n.float()[:, None] if gated else x_nD
+        x_nD = self.statistics.x_TD[token_n].float().to(self.device)
+        return x_nD * gate_n.float().to(self.device)[:, None] if gated else x_nD
 
     def neuron_rows(self, expert: int, *, gated: bool = True) -> torch.Tensor:
         """Intermediate activations of an expert on its tokens, gated alike; fp32 [n, F]."""
         gate_FD, up_FD, _ = self.experts(expert)
         token_n, gate_n = self.statistics.tokens_of(expert)
-        x_nD = self.statistics.x_TD[token_n].float()
+        x_nD = self.statistics.x_TD[token_n].float().to(self.device)
         h_nF = self.activation(x_nD @ gate_FD.T) * (x_nD @ up_FD.T)
-        return h_nF * gate_n.float()[:, None] if gated else h_nF
+        return h_nF * gate_n.float().to(self.device)[:, None] if gated else h_nF
 
 
 def routed_output(
     statistics: LayerStatistics, experts: Callable[[int], ExpertWeights], activation: Activation
 ) -> torch.Tensor:
-    """y = Σ_e g_e W2_e h_e over the routed experts of every token; fp32 [T, D]."""
+    """y = Σ_e g_e W2_e h_e over the routed experts of every token; fp32 [T, D], on the CPU."""
     y_TD = torch.zeros(statistics.x_TD.shape, dtype=torch.float32)
     for expert in range(statistics.num_experts):
         token_n, gate_n = statistics.tokens_of(expert)
@@ -61,9 +63,9 @@ def routed_output(
         gate_FD, up_FD, down_DF = experts(expert)
         for start in range(0, token_n.numel(), TOKEN_CHUNK):
             token_c = token_n[start : start + TOKEN_CHUNK]
-            x_cD = statistics.x_TD[token_c].float()
+            x_cD = statistics.x_TD[token_c].float().to(gate_FD.device)
             h_cF = activation(x_cD @ gate_FD.T) * (x_cD @ up_FD.T)
-            y_cD = (h_cF @ down_DF.T) * gate_n[start : start + TOKEN_CHUNK].float()[:, None]
+            y_cD = (h_cF @ down_DF.T).cpu() * gate_n[start : start + TOKEN_CHUNK].float()[:, None]
             y_TD.index_add_(0, token_c, y_cD)
     return y_TD
 

@@ -17,12 +17,13 @@ regularised by shrinkage towards the pooled Gram, not by this.
 """
 
 
-def gram(rows_nD: torch.Tensor) -> torch.Tensor:
-    """Σ_n row rowᵀ in fp64 [D, D]; independent of the chunking to fp64 rounding."""
+def gram(rows_nD: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Σ_n row rowᵀ in fp64 [D, D], on `device` if given; independent of the chunking."""
     size = rows_nD.shape[1]
-    total_DD = torch.zeros(size, size, dtype=torch.float64, device=rows_nD.device)
+    device = rows_nD.device if device is None else device
+    total_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
     for chunk_cD in torch.split(rows_nD, GRAM_CHUNK):
-        wide_cD = chunk_cD.double()
+        wide_cD = chunk_cD.to(device).double()
         total_DD += wide_cD.T @ wide_cD
     return total_DD
 
