@@ -1,0 +1,177 @@
+"""The README.md of a finished checkpoint: what it is, how to serve it, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Final
+
+import yaml
+
+from compress_tool.units import bytes_text, params_text
+
+CARRIED_KEYS: Final = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Front matter of the source's card that is as true of the compressed model."""
+VLLM_VERSIONS: Final = "0.32"
+
+
+def model_card(
+    report: Mapping[str, Any], *, source_name: str, source_readme: str | None = None
+) -> str:
+    """Markdown with YAML front matter.
+
+    `report` is the content of report.json (see `report.py`); missing keys leave their sentence
+    out. `source_name` is the name of the dense model without its path. `source_readme` is the
+    text of its README.md, whose licence is carried over.
+    """
+    name = (
+        f"{source_name}, compressed" if report.get("ratio") is None else _title(report, source_name)
+    )
+    sections = [
+        _front_matter(source_name, source_readme),
+        f"# {name}\n",
+        _what_it_is(report, source_name),
+        _how_to_serve(),
+        _sizes(report),
+        _calibration(report),
+        _layers(report.get("layers") or ()),
+        _limits(report),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def front_matter_of(readme: str) -> dict[str, Any]:
+    """The YAML block that opens a model card; empty if there is none or it is not a mapping."""
+    opening, *rest = readme.lstrip("\ufeff").splitlines() or [""]
+    if opening.strip() != "---" or "---" not in (line.strip() for line in rest):
+        return {}
+    end = [line.strip() for line in rest].index("---")
+    try:
+        value = yaml.safe_load("\n".join(rest[:end]))
+    except yaml.YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _front_matter(source_name: str, source_readme: str | None) -> str:
+    values: dict[str, Any] = {
+        "base_model": source_name,
+        "base_model_relation": "quantized",
+        "library_name": "vllm",
+        "tags": ["moe", "compressed", "low-rank", "vllm-moesvd"],
+    }
+    carried = front_matter_of(source_readme or "")
+    values |= {key: carried[key] for key in CARRIED_KEYS if key in carried}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return f"---\n{text}---\n"
+
+
+def _title(report: Mapping[str, Any], source_name: str) -> str:
+    return f"{source_name}, {float(report['ratio']):.0%} smaller"
+
+
+def _what_it_is(report: Mapping[str, Any], source_name: str) -> str:
+    text = (
+        f"This is `{source_name}` with the weights of its experts replaced by factors, made by "
+        f"vllm-moesvd {version('vllm-moesvd')}"
+    )
+    if report.get("method"):
+        text += f" with the method `{report['method']}`"
+    return (
+        f"{text}. Attention, router, embeddings and the tokenizer are the source's, unchanged. It "
+        "was not trained further.\n"
+    )
+
+
+def _how_to_serve() -> str:
+    return (
+        "## Serve it\n\n"
+        f"With vLLM {VLLM_VERSIONS} and the vllm-moesvd plugin in the same environment:\n\n"
+        "    vllm serve ./this-folder\n\n"
+        "Other engines do not read this format. `compress_tool export-dense` folds the factors "
+        "back into an ordinary checkpoint of the original size.\n"
+    )
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    rows = [
+        (label, text(report[f"{key}_before"]), text(report[f"{key}_after"]))
+        for label, key, text in (
+            ("parameters", "total_params", params_text),
+            ("weights", "bytes", bytes_text),
+        )
+        if f"{key}_before" in report and f"{key}_after" in report
+    ]
+    if not rows:
+        return ""
+    return "## Size\n\n" + _table(("", "source", "this model"), rows)
+
+
+def _calibration(report: Mapping[str, Any]) -> str:
+    calibration = report.get("calibration")
+    if not isinstance(calibration, Mapping):
+        return ""
+    files = ", ".join(f"`{name}`" for name in calibration.get("files") or ())
+    counts = [
+        f"{calibration[key]:,} {word}"
+        for key, word in (("samples", "sequences"), ("seq_len", "tokens each"))
+        if isinstance(calibration.get(key), int)
+    ]
+    return (
+        "## Calibration\n\nThe factors fit the activations of this text best: "
+        f"{files or 'not recorded'}{' (' + ' of '.join(counts) + ')' if counts else ''}. On other "
+        "languages or subjects the loss may be larger.\n"
+    )
+
+
+def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
+    if not layers:
+        return ""
+    rows = [
+        (
+            str(layer.get("index", "")),
+            str(layer.get("form", "")),
+            _number(layer.get("rank_gate_up")),
+            _number(layer.get("rank_down")),
+            _number(layer.get("predicted_loss")),
+            _number(layer.get("measured_loss")),
+        )
+        for layer in layers
+    ]
+    header = ("layer", "form", "rank gate/up", "rank down", "predicted loss", "measured loss")
+    return (
+        "## Layers\n\n"
+        + _table(header, rows)
+        + "\nA loss is the relative squared error of the layer's output on the calibration text: 0 "
+        "is exact.\n"
+    )
+
+
+def _limits(report: Mapping[str, Any]) -> str:
+    lines = [
+        "The loss per layer is measured on the calibration text, not on a task. Measure your own "
+        "task before you rely on this model (`compress_tool eval`, or `lm_eval` against the "
+        "server).",
+        "Everything that holds for the source (biases, licence, limits) holds for this model.",
+    ]
+    unrouted = [
+        (layer.get("index"), sum(1 for count in layer.get("counts") or () if count == 0))
+        for layer in report.get("layers") or ()
+    ]
+    if missed := [f"{count} in layer {index}" for index, count in unrouted if count]:
+        lines.append(
+            "Experts that the calibration text never reached, and whose factors come from the "
+            f"other experts' activations: {', '.join(missed)}."
+        )
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
