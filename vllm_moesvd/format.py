@@ -18,6 +18,7 @@ width, `E` the number of experts, `R` a rank, `G` V groups, `S` slots:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -29,6 +30,8 @@ FACTOR_PREFIX: Final = "moesvd."
 
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: Final[tuple[Projection, ...]] = ("gate", "up", "down")
+
+_LAYER_INDEX: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class FormatError(ValueError):
@@ -211,7 +214,7 @@ def parse_spec(value: Any, shape: MoEShape, num_layers: int) -> CheckpointSpec:
         raise FormatError(f"moesvd: layers must be a non-empty object, found {_show(entries)}")
     layers: dict[int, LayerSpec] = {}
     for key, entry in entries.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and key == str(int(key))):
+        if not (isinstance(key, str) and _LAYER_INDEX.fullmatch(key)):
             raise FormatError(f"moesvd: {_show(key)} is not a layer index")
         if int(key) >= num_layers:
             raise FormatError(f"moesvd: layer {key} does not exist, the model has {num_layers}")
@@ -304,7 +307,8 @@ def _parse_layer(entry: Any, shape: MoEShape, where: str) -> LayerSpec:
         raise FormatError(
             f"{where}: expert_slot must use every slot from 0 to {len(slot_group) - 1}"
         )
-    if sorted(set(slot_group)) != list(range(max(slot_group) + 1)):
+    # Not a comparison with range(): one huge entry must not cost memory.
+    if len(set(slot_group)) != max(slot_group) + 1:
         raise FormatError(f"{where}: slot_group must use every group from 0 to {max(slot_group)}")
     if form == "svd" and slot_group != tuple(range(len(slot_group))):
         raise FormatError(f"{where}: form svd needs slot_group 0, 1, 2, … (one group per slot)")
