@@ -1,0 +1,134 @@
+"""Checks that vLLM runs in its first process, before any weight is read or engine started.
+
+vLLM asks `MODELS_CONFIG_MAP[architecture]` to verify each configuration. For a factored
+architecture the entry checks config.json and refuses what is not supported. For every dense
+architecture that could be given a factored checkpoint by mistake, the entry refuses a config.json
+that has the `moesvd` key; a dense config.json passes through unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from vllm_moesvd.audit import audit_folder
+from vllm_moesvd.format import CONFIG_KEY, FAMILIES, Family
+from vllm_moesvd.loading import read_plan
+
+TRANSFORMERS_BACKENDS: Final = ("TransformersForCausalLM", "TransformersMoEForCausalLM")
+"""What a dense architecture becomes with `--model-impl transformers`."""
+LOAD_FORMATS: Final = (
+    "auto",
+    "hf",
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",
+    "runai_streamer",
+    "dummy",
+)
+"""The formats whose tensors pass through `load_weights`; all read safetensors."""
+FOLDER_FORMATS: Final = ("auto", "hf", "safetensors")
+MARK: Final = "_moesvd"
+
+
+def install() -> None:
+    """Add our entries to vLLM's map; a second call changes nothing."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for family in FAMILIES:
+        dense_entry = MODELS_CONFIG_MAP.get(family.architecture)
+        MODELS_CONFIG_MAP.setdefault(
+            family.factored_architecture, _factored_entry(family, dense_entry)
+        )
+    for name in (*(family.architecture for family in FAMILIES), *TRANSFORMERS_BACKENDS):
+        entry = MODELS_CONFIG_MAP.get(name)
+        if not hasattr(entry, MARK):
+            MODELS_CONFIG_MAP[name] = _dense_entry(entry)
+
+
+def replicate_option(vllm_config: Any) -> bool:
+    """`--additional-config '{"moesvd": {"replicate": true}}'`: whole V and Q in every process.
+
+    Trades memory for two fewer exchanges per layer under tensor parallelism; off by default.
+    """
+    additional = vllm_config.additional_config
+    options = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
+    if not isinstance(options, dict) or not set(options) <= {"replicate"}:
+        raise ValueError(
+            f"moesvd: --additional-config {CONFIG_KEY} is {options!r}, the only option is "
+            '{"replicate": true}'
+        )
+    replicate = options.get("replicate", False)
+    if not isinstance(replicate, bool):
+        raise ValueError(f"moesvd: replicate must be true or false, found {replicate!r}")
+    return replicate
+
+
+def unsupported_feature(vllm_config: Any) -> str | None:
+    """The first requested feature that factored layers have not been taught, in one line."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    load_format = vllm_config.load_config.load_format
+    hidden_act = getattr(model.hf_config, "hidden_act", "silu")
+    refused = {
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "--enable-eplb": parallel.enable_eplb,
+        "--data-parallel-size above 1": parallel.data_parallel_size > 1,
+        "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
+        "--enable-lora": vllm_config.lora_config is not None,
+        f"quantization ({model.quantization})": model.quantization is not None,
+        f"--load-format {load_format}": load_format not in LOAD_FORMATS,
+        f"hidden_act {hidden_act}": hidden_act != "silu",
+    }
+    for feature, is_requested in refused.items():
+        if is_requested:
+            return f"moesvd: {feature} is not supported for factored checkpoints; leave it out"
+    return None
+
+
+def _factored_entry(family: Family, dense_entry: Any) -> type:
+    class FactoredConfig:
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            read_plan(family, model_config.hf_config)
+            if dense_entry is not None:
+                dense_entry.verify_and_update_model_config(model_config)
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            problem = unsupported_feature(vllm_config)
+            if problem:
+                raise ValueError(problem)
+            replicate_option(vllm_config)
+            model_config = vllm_config.model_config
+            if vllm_config.load_config.load_format in FOLDER_FORMATS:
+                audit_folder(model_config.model, family, model_config.hf_config)
+            if dense_entry is not None:
+                dense_entry.verify_and_update_config(vllm_config)
+
+    return FactoredConfig
+
+
+def _dense_entry(entry: Any) -> type:
+    class DenseConfig:
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            if getattr(model_config.hf_config, CONFIG_KEY, None) is not None:
+                raise ValueError(_renamed(model_config))
+            if entry is not None:
+                entry.verify_and_update_model_config(model_config)
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            if entry is not None:
+                entry.verify_and_update_config(vllm_config)
+
+    setattr(DenseConfig, MARK, True)
+    return DenseConfig
+
+
+def _renamed(model_config: Any) -> str:
+    known = ", ".join(family.factored_architecture for family in FAMILIES)
+    return (
+        f"moesvd: {model_config.model}: config.json has the key {CONFIG_KEY}, so its layers are "
+        f"factored, but would be served as {model_config.architecture}, which reads dense layers; "
+        f"architectures in config.json must name the factored one ({known})"
+    )

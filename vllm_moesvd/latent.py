@@ -1,0 +1,85 @@
+"""The shared V and Q of a `latent` layer, as the transforms that vLLM's runner applies.
+
+The runner calls the input transform before the experts and the output transform after them. Both
+matrices are split over the rank dimension: V by rows, then an all-gather of z; Q by columns, after
+a reduce-scatter of the experts' partial sums. Q's partial products are summed by the runner's own
+final all-reduce. With `replicate` both are whole in every process and neither exchange happens.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_reduce_scatter,
+)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+
+def latent_input(
+    hidden_size: int, rank: int, *, dtype: torch.dtype | None, prefix: str, replicate: bool
+) -> torch.nn.Module:
+    """V [rank, hidden_size] as a linear layer; `rank` must be a multiple of the TP size."""
+    linear: torch.nn.Module = ColumnParallelLinear(
+        hidden_size,
+        rank,
+        bias=False,
+        gather_output=True,
+        params_dtype=dtype,
+        prefix=prefix,
+        return_bias=False,
+        disable_tp=replicate,
+    )
+    return linear
+
+
+class LatentOutput(torch.nn.Module):
+    """Q and the optional bias: partial sums [T, rank] in, partial sums [T, hidden_size] out."""
+
+    # Tells the runner not to all-reduce before, but once after this module: the sum over the
+    # processes of what it returns is the transform of the sum of what it is given.
+    reduce_commutative = True
+
+    def __init__(
+        self,
+        rank: int,
+        hidden_size: int,
+        *,
+        has_bias: bool,
+        dtype: torch.dtype | None,
+        prefix: str,
+        replicate: bool,
+    ) -> None:
+        super().__init__()
+        self.is_sharded = get_tensor_model_parallel_world_size() > 1 and not replicate
+        self.project = RowParallelLinear(
+            rank,
+            hidden_size,
+            bias=False,
+            params_dtype=dtype,
+            reduce_results=False,
+            prefix=f"{prefix}.project",
+            return_bias=False,
+            disable_tp=replicate,
+        )
+        if has_bias:
+            bias_D = torch.nn.Parameter(torch.empty(hidden_size, dtype=dtype), requires_grad=False)
+            bias_D.weight_loader = _load_bias_once  # type: ignore[attr-defined]
+            self.bias_D: torch.nn.Parameter | None = bias_D
+        else:
+            self.bias_D = None
+
+    def forward(self, partial_TR: torch.Tensor) -> torch.Tensor:
+        if self.is_sharded:
+            partial_TR = tensor_model_parallel_reduce_scatter(partial_TR, dim=-1)
+        partial_TD: torch.Tensor = self.project(partial_TR)
+        return partial_TD if self.bias_D is None else partial_TD + self.bias_D
+
+
+def _load_bias_once(parameter: torch.nn.Parameter, bias_D: torch.Tensor) -> None:
+    """Keep the bias in the first process only: the final all-reduce sums all of them."""
+    if get_tensor_model_parallel_rank() == 0:
+        parameter.data.copy_(bias_D)
+    else:
+        parameter.data.zero_()

@@ -1,0 +1,62 @@
+"""What a factored model adds to vLLM's own class of the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from vllm.distributed import get_pp_group
+
+from vllm_moesvd.building import core_shapes, destinations, factored_layers
+from vllm_moesvd.engine_config import replicate_option
+from vllm_moesvd.format import Family
+from vllm_moesvd.loading import open_ledger, read_plan, route_tensors
+
+
+class FactoredModel:
+    """Mixin before a model class of vLLM: builds factored layers and loads them.
+
+    Forward, attention, scheduling interfaces and quantisation of the rest are the base class's.
+    """
+
+    family: ClassVar[Family]
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        hf_config = vllm_config.model_config.hf_config
+        plan = read_plan(self.family, hf_config)
+        with factored_layers(type(self), plan, replicate=replicate_option(vllm_config)) as built:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        built_indices = {layer.index for layer in built}
+        absent = sorted(set(plan.spec.layers) - built_indices)
+        if absent and get_pp_group().world_size == 1:
+            raise ValueError(
+                f"moesvd: config.json factors layer {absent[0]}, which has no routed experts in "
+                f"{type(self).__name__}"
+            )
+        self._plan, self._built, self._hf_config = plan, built, hf_config
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a whole checkpoint; returns the names of the parameters that got their values.
+
+        Raises LoadingError unless each tensor of the checkpoint arrives exactly once, so a
+        checkpoint cannot be loaded in parts.
+        """
+        ledger = open_ledger(self._plan, self._hf_config)
+        targets = {
+            name: target
+            for layer in self._built
+            for name, target in destinations(layer, self._plan).items()
+        }
+        cores = {
+            name: shape
+            for layer in self._built
+            for name, shape in core_shapes(layer, self._plan).items()
+        }
+        loaded: set[str] = super().load_weights(  # type: ignore[misc]
+            route_tensors(weights, ledger, targets, cores)
+        )
+        ledger.close()
+        factors = {id(target.parameter) for target in targets.values()}
+        named = self.named_parameters()  # type: ignore[attr-defined]
+        return loaded | {name for name, parameter in named if id(parameter) in factors}
