@@ -67,7 +67,7 @@ def _front_matter(source_name: str, source_readme: str | None) -> str:
 
 
 def _title(report: Mapping[str, Any], source_name: str) -> str:
-    return f"{source_name}, {float(report['ratio']):.0%} smaller"
+    return f"{source_name}, {100 * float(report['ratio']):.0f} % smaller"
 
 
 def _what_it_is(report: Mapping[str, Any], source_name: str) -> str:

@@ -20,6 +20,11 @@ def clock_text(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def percent_text(change: float) -> str:
+    """`-0.4021` → `−40.2 %`; the sign is always there."""
+    return f"{change:+.1%}".replace("-", "−").replace("%", " %")
+
+
 def _scaled(value: int, units: tuple[str, ...]) -> str:
     if value < 1000:
         return f"{value} {units[0]}".rstrip()

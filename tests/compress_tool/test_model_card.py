@@ -47,7 +47,7 @@ def test_a_hostile_source_name_stays_a_string() -> None:
 
 def test_the_numbers_are_there() -> None:
     card = model_card(REPORT, source_name="pocket-mixtral")
-    for text in ("40% smaller", "| parameters | 10.4 M | 6.2 M |", "20.7 MB", "12.4 MB"):
+    for text in ("40 % smaller", "| parameters | 10.4 M | 6.2 M |", "20.7 MB", "12.4 MB"):
         assert text in card
     assert "| 0 | latent | 72 | 80 | – | – |" in card
     assert "128 sequences of 256 tokens each" in card

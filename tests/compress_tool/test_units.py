@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compress_tool.units import bytes_text, clock_text, params_text
+from compress_tool.units import bytes_text, clock_text, params_text, percent_text
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,8 @@ def test_params_text(value: int, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75.2, "1:15"), (3675, "1:01:15")])
 def test_clock_text(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text
+
+
+@pytest.mark.parametrize(("change", "text"), [(-0.4021, "−40.2 %"), (0.05, "+5.0 %")])
+def test_percent_text(change: float, text: str) -> None:
+    assert percent_text(change) == text
