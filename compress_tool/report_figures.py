@@ -96,7 +96,7 @@ def layers_figure(layers: Sequence[Mapping[str, Any]]) -> bytes:
         handles.append(Patch(color=INK, alpha=alpha, label=label))
     handles += [Patch(color=_form_colour(form), label=form) for form in dict.fromkeys(forms)]
     for x, form in zip(index_L, forms, strict=True):
-        if form == "dense":
+        if form == "dense" and len(layers) <= 16:
             ranks.text(x, 0, "dense", ha="center", va="bottom", fontsize=8, color=FAINT)
     ranks.set_ylabel("rank")
     ranks.margins(y=0.12)
@@ -137,7 +137,9 @@ def routing_figure(layers: Sequence[Mapping[str, Any]]) -> bytes:
                     color=text_colour,
                 )  # fmt: skip
     never = np.argwhere(counts_EL == 0)
-    axes.plot(never[:, 1], never[:, 0], "x", color="#9e2a2b", ms=9, mew=2.2, label="never routed")
+    size = 9.0 if num_experts * num_layers <= 256 else 3.0
+    (cross,) = axes.plot(never[:, 1], never[:, 0], "x", color="#9e2a2b", label="never routed")
+    cross.set(markersize=size, markeredgewidth=size / 4)
     axes.set_xticks(
         _ticks(np.arange(num_layers)),
         [str(layers[i]["index"]) for i in _ticks(np.arange(num_layers))],
