@@ -77,12 +77,11 @@ class OutputFolder:
         self._layers = self._partial.path / "layers"
         self._checkpoint = self._partial.path / "checkpoint"
         if not self.is_finished:
-            with storage_errors(self._partial.path):
-                for folder in (self.state, self._layers, self._checkpoint):
-                    folder.mkdir(exist_ok=True)
-                for folder in (self._layers, self._checkpoint):
-                    for leftover in folder.glob("*" + TEMPORARY_SUFFIX):
-                        leftover.unlink()
+            try:
+                self._prepare()
+            except BaseException:
+                self._partial.close()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -175,6 +174,15 @@ class OutputFolder:
         self._audit({*digests, MANIFEST_FILE})
         self._partial.publish(self._checkpoint)
         self.is_finished = True
+
+    def _prepare(self) -> None:
+        """Make the folders, and remove what a killed write left behind."""
+        with storage_errors(self._partial.path):
+            for folder in (self.state, self._layers, self._checkpoint):
+                folder.mkdir(exist_ok=True)
+            for folder in (self._layers, self._checkpoint):
+                for leftover in folder.glob("*" + TEMPORARY_SUFFIX):
+                    leftover.unlink()
 
     def _audit(self, expected: set[str]) -> None:
         stray = sorted({entry.name for entry in self._checkpoint.iterdir()} - expected)
