@@ -52,20 +52,13 @@ def calibrate(
         return files
     progress("calibrate", first, num_layers, f"layer {first}")
     model = StreamedModel(checkpoint, device=device, dtype=dtype)
-    if last is None:
-        hidden_NSD = torch.empty(*ids_NS.shape, checkpoint.shape.hidden_size, dtype=dtype)
-        for start in range(0, len(ids_NS), batch_size):
-            rows = slice(start, start + batch_size)
-            hidden_NSD[rows] = model.embed(ids_NS[rows])
-    else:
-        hidden_NSD = folder.read_hidden(last)
+    hidden_NSD = model.embed_all(ids_NS, batch_size) if last is None else folder.read_hidden(last)
     for layer in range(first, num_layers):
         model.load_layer(layer)
         if layer in checkpoint.moe_layers:
             _run_observed(model, layer, hidden_NSD, batch_size, folder, progress)
         else:
             model.run_layer(layer, hidden_NSD, batch_size)
-        model.free_layer(layer)
         folder.write_hidden(layer, hidden_NSD)
         progress("calibrate", layer + 1, num_layers, "")
     return files

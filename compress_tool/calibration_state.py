@@ -105,8 +105,8 @@ class CalibrationFolder:
             keys = sorted(set(identity) | set(found)) if isinstance(found, dict) else []
             changed = [key for key in keys if found.get(key) != identity.get(key)]
             raise InputError(
-                f"{file}: was written for another calibration ({', '.join(changed) or 'all'} changed); run "
-                "with the old settings, or without --resume to start again"
+                f"{file}: was written for another calibration ({', '.join(changed) or 'all'} "
+                "changed); run with the old settings, or without --resume to start again"
             )
         for layer in reversed(range(self.checkpoint.num_layers)):
             if self._hidden_file(layer).exists():

@@ -9,7 +9,7 @@ Memory: the largest part (a decoder layer in `dtype`), the hidden states the cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
@@ -22,7 +22,8 @@ from compress_tool.experts import Observer, check_experts
 from compress_tool.meta_model import meta_model
 from compress_tool.packing import folded_expert, layer_bias
 
-HEAD: Final = "head"
+REST: Final = "rest"
+"""The part that stays in memory: what is neither embedding, decoder layer nor head (the norm)."""
 MAX_KEPT_SHAPES: Final = 4
 """Batch shapes whose masks and position embeddings are kept: full and last, of two lengths."""
 
@@ -56,17 +57,13 @@ class StreamedModel:
         for layer, experts in enumerate(self._experts):
             check_experts(experts, checkpoint.family.fused_prefix.format(layer=layer))
             experts.moesvd_observer = experts.moesvd_bias_D = None
-        self._meta = dict(self._model.named_parameters(remove_duplicate=False))
-        self._meta |= {n: b for n, b in self._model.named_buffers() if n in _state(self._model)}
+        self._meta: dict[str, torch.Tensor] = self._model.state_dict(keep_vars=True)
+        self._parts = _parameters_by_part(self._meta, self._model, checkpoint.num_layers)
         self._loaded: str | int | None = None
         self._calls: dict[tuple[int, int], list[_LayerCall]] = {}
-        outer = set(checkpoint.outer_tensors()) - {EMBEDDING, LM_HEAD}
-        for name in outer:
+        for name in set(checkpoint.outer_tensors()) - {EMBEDDING, LM_HEAD}:
             self._place(name, checkpoint.read(name))
-        prefix = f"{self._model.base_model_prefix}.layers."
-        self._check_complete(
-            [n for n in self._meta if n not in (EMBEDDING, LM_HEAD) and not n.startswith(prefix)]
-        )
+        self._check_complete(REST)
 
     @torch.no_grad()
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
@@ -99,14 +96,28 @@ class StreamedModel:
             self._model.base_model(input_ids=ids_BS.to(self._device), use_cache=False)
         return entering[0].cpu()
 
+    def embed_all(self, ids_NS: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """`embed` for all sequences, batch by batch, into one tensor [N, S, D]."""
+        size = self._checkpoint.shape.hidden_size
+        hidden_NSD = torch.empty(*ids_NS.shape, size, dtype=self._dtype)
+        for start in range(0, len(ids_NS), batch_size):
+            rows = slice(start, start + batch_size)
+            hidden_NSD[rows] = self.embed(ids_NS[rows])
+        return hidden_NSD
+
     def load_layer(self, layer: int) -> None:
         """Read the weights of one decoder layer, and drop the part that was in memory."""
         self._load(layer)
 
-    def free_layer(self, layer: int) -> None:
-        """Drop the weights of `layer`, if they are in memory."""
-        if self._loaded == layer:
-            self._free()
+    def free(self) -> None:
+        """Drop the part in memory, whichever it is; it is read again when it is used again."""
+        part, self._loaded = self._loaded, None
+        if part is None:
+            return
+        for name in self._parts[part]:
+            self._set(name, self._meta[name])
+        if isinstance(part, int):
+            self._experts[part].moesvd_bias_D = None
 
     @torch.no_grad()
     def run_layer(
@@ -143,7 +154,7 @@ class StreamedModel:
     @torch.no_grad()
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """Hidden states that left the last layer to logits [B, S, V], fp32, on the device."""
-        self._load(HEAD)
+        self._load(LM_HEAD)
         hidden = hidden_BSD.to(self._device, self._dtype)
         with self._layers_replaced(lambda layer, hidden, *args, **kwargs: hidden):
             logits: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
@@ -183,29 +194,17 @@ class StreamedModel:
         """Bring the embedding, the head or a decoder layer into memory, alone."""
         if self._loaded == part:
             return
-        self._free()
+        self.free()
         self._loaded = part
-        if part == EMBEDDING:
-            self._place(EMBEDDING, self._checkpoint.read(EMBEDDING))
-        elif part == HEAD:
-            source = EMBEDDING if self._checkpoint.tied_embeddings else LM_HEAD
-            self._place(LM_HEAD, self._checkpoint.read(source))
-        else:
-            assert isinstance(part, int)
-            self._load_decoder_layer(part)
-
-    def _free(self) -> None:
-        part, self._loaded = self._loaded, None
-        if part is None:
-            return
-        if isinstance(part, int):
-            prefix = f"{self._model.base_model_prefix}.layers.{part}."
-            self._experts[part].moesvd_bias_D = None
-        else:
-            prefix = EMBEDDING if part == EMBEDDING else LM_HEAD
-        for name in self._meta:
-            if name.startswith(prefix):
-                self._set(name, self._meta[name])
+        try:
+            if isinstance(part, int):
+                self._load_decoder_layer(part)
+            else:
+                tied = part == LM_HEAD and self._checkpoint.tied_embeddings
+                self._place(part, self._checkpoint.read(EMBEDDING if tied else part))
+        except BaseException:
+            self.free()
+            raise
 
     def _load_decoder_layer(self, layer: int) -> None:
         checkpoint, family = self._checkpoint, self._checkpoint.family
@@ -224,8 +223,7 @@ class StreamedModel:
         self._place(f"{module}experts.down_proj", down_EDF)
         bias_D = layer_bias(checkpoint, layer)
         self._experts[layer].moesvd_bias_D = None if bias_D is None else bias_D.to(self._device)
-        prefix = f"{self._model.base_model_prefix}.layers.{layer}."
-        self._check_complete([name for name in self._meta if name.startswith(prefix)])
+        self._check_complete(layer)
 
     def _stacked_experts(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F], filled expert by expert."""
@@ -260,10 +258,10 @@ class StreamedModel:
         path, _, leaf = name.rpartition(".")
         setattr(self._model.get_submodule(path), leaf, tensor)
 
-    def _check_complete(self, names: list[str]) -> None:
-        """Every named parameter must be real: one left on meta was in no checkpoint tensor."""
-        state = _state(self._model)
-        missing = [name for name in names if state[name].is_meta]
+    def _check_complete(self, part: str | int) -> None:
+        """Every parameter of a part must be real: one left on meta was in no checkpoint tensor."""
+        state = self._model.state_dict(keep_vars=True)
+        missing = [name for name in self._parts[part] if state[name].is_meta]
         if missing:
             raise UnsupportedError(
                 f"{self._checkpoint.path}: transformers' {type(self._model).__name__} has the "
@@ -272,6 +270,16 @@ class StreamedModel:
             )
 
 
-def _state(model: Any) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
-    return state
+def _parameters_by_part(
+    names: Iterable[str], model: Any, num_layers: int
+) -> dict[str | int, list[str]]:
+    """Which parameters are loaded together: EMBEDDING, LM_HEAD, each layer's number, REST."""
+    prefix = f"{model.base_model_prefix}.layers."
+    parts: dict[str | int, list[str]] = {part: [] for part in (EMBEDDING, LM_HEAD, REST)}
+    parts |= {layer: [] for layer in range(num_layers)}
+    for name in names:
+        if name.startswith(prefix):
+            parts[int(name.removeprefix(prefix).split(".", 1)[0])].append(name)
+        else:
+            parts[name if name in (EMBEDDING, LM_HEAD) else REST].append(name)
+    return parts

@@ -1,0 +1,171 @@
+"""How well a checkpoint predicts text: perplexity, and the distance to another checkpoint.
+
+Every token of the text is scored once, except the first of each window. Sums are fp64 and exact
+(`math.fsum`), so the order of the windows changes nothing.
+
+Memory: the hidden states of the whole text, once per checkpoint, one part of a model at a time
+(two heads at the end, with `against`), and the logits of one window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from compress_tool.checkpoint import EMBEDDING, Checkpoint
+from compress_tool.corpus import eval_windows
+from compress_tool.errors import InputError, NumericsError, UsageError
+from compress_tool.streaming import StreamedModel
+
+SCORE_ROWS: Final = 256
+"""Positions turned into fp64 probabilities at once: 64 MB for a vocabulary of 32,000."""
+
+MAX_MEAN_LOSS: Final = 690.0
+"""Above it exp() leaves the range of a float; no trained model comes near."""
+
+ProgressCallback = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalResult:
+    """Means over the `tokens` scored; `kl` (nats) and `agreement` are None without `against`.
+
+    `kl` is KL(against || checkpoint); `agreement` the share of positions with the same best token.
+    """
+
+    perplexity: float
+    tokens: int
+    kl: float | None
+    agreement: float | None
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    files: Sequence[Path],
+    *,
+    seq_len: int,
+    batch_size: int,
+    against: Checkpoint | None,
+    progress: ProgressCallback,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> EvalResult:
+    """Score all text of `files` in consecutive windows of `seq_len` tokens.
+
+    Raises InputError for bad text or when the two checkpoints read it as different tokens,
+    NumericsError when logits are not finite.
+    """
+    if seq_len < 2:
+        raise UsageError(f"--seq-len is {seq_len}, evaluation needs windows of at least 2 tokens")
+    groups = eval_windows(checkpoint.path, files, seq_len=seq_len)
+    if against is not None:
+        _check_same_tokens(checkpoint, against, groups, files, seq_len)
+    return evaluate_windows(
+        checkpoint,
+        groups,
+        batch_size=batch_size,
+        against=against,
+        progress=progress,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def evaluate_windows(
+    checkpoint: Checkpoint,
+    groups: Sequence[torch.Tensor],
+    *,
+    batch_size: int,
+    against: Checkpoint | None,
+    progress: ProgressCallback,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> EvalResult:
+    """Score windows of token ids, given as groups `ids_NS` of equal length."""
+    checkpoints = [checkpoint] if against is None else [checkpoint, against]
+    num_layers = sum(item.num_layers for item in checkpoints)
+    models, states, done = [], [], 0
+    for item in checkpoints:
+        model = StreamedModel(item, device=device, dtype=dtype)
+        states.append([model.embed_all(ids_NS, batch_size) for ids_NS in groups])
+        for layer in range(item.num_layers):
+            progress("evaluate", done, num_layers, f"layer {layer} of {item.path.name}")
+            for hidden_NSD in states[-1]:
+                model.run_layer(layer, hidden_NSD, batch_size)
+            done += 1
+        model.free()
+        models.append(model)
+    progress("evaluate", num_layers, num_layers, "")
+    scores = []
+    for group, ids_NS in enumerate(groups):
+        for window, ids_S in enumerate(ids_NS):
+            rows = slice(window, window + 1)
+            logits = [m.logits(s[group][rows])[0] for m, s in zip(models, states, strict=True)]
+            scores.append(_score(ids_S, logits[0], logits[1] if against is not None else None))
+    return _total(checkpoint, scores, compared=against is not None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _WindowScore:
+    """Sums over the scored positions of one window, in nats and counts."""
+
+    tokens: int
+    loss: float
+    kl: float
+    agreed: int
+
+
+def _score(
+    ids_S: torch.Tensor, logits_SV: torch.Tensor, against_SV: torch.Tensor | None
+) -> _WindowScore:
+    """The logits at position t are judged on the token at t + 1; the last have nothing to say."""
+    target_S = ids_S[1:].to(logits_SV.device)
+    loss, kl, agreed = [], [], 0
+    for start in range(0, len(target_S), SCORE_ROWS):
+        rows = slice(start, min(start + SCORE_ROWS, len(target_S)))
+        log_q = logits_SV[rows].double().log_softmax(dim=-1)
+        loss.append(float(-log_q.gather(1, target_S[rows, None]).sum()))
+        if against_SV is not None:
+            log_p = against_SV[rows].double().log_softmax(dim=-1)
+            kl.append(float((log_p.exp() * (log_p - log_q)).sum()))
+            agreed += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
+    return _WindowScore(tokens=len(target_S), loss=math.fsum(loss), kl=math.fsum(kl), agreed=agreed)
+
+
+def _total(checkpoint: Checkpoint, scores: Sequence[_WindowScore], *, compared: bool) -> EvalResult:
+    tokens = sum(score.tokens for score in scores)
+    mean_loss = math.fsum(score.loss for score in scores) / tokens
+    if not mean_loss < MAX_MEAN_LOSS:
+        raise NumericsError(
+            f"{checkpoint.path}: the mean loss per token is {mean_loss}, so the perplexity is not "
+            "a number; the weights are broken"
+        )
+    return EvalResult(
+        perplexity=math.exp(mean_loss),
+        tokens=tokens,
+        # Rounding can leave a sum of exact zeros slightly negative.
+        kl=max(0.0, math.fsum(score.kl for score in scores) / tokens) if compared else None,
+        agreement=sum(score.agreed for score in scores) / tokens if compared else None,
+    )
+
+
+def _check_same_tokens(
+    checkpoint: Checkpoint,
+    against: Checkpoint,
+    groups: Sequence[torch.Tensor],
+    files: Sequence[Path],
+    seq_len: int,
+) -> None:
+    vocab, other_vocab = (item.tensors[EMBEDDING].shape[0] for item in (checkpoint, against))
+    other = eval_windows(against.path, files, seq_len=seq_len)
+    same_ids = len(groups) == len(other) and all(map(torch.equal, groups, other))
+    if vocab != other_vocab or not same_ids:
+        raise InputError(
+            f"{against.path}: its tokenizer or vocabulary ({other_vocab} tokens) differs from that "
+            f"of {checkpoint.path} ({vocab} tokens); compare a checkpoint with its own source"
+        )
