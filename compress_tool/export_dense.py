@@ -60,7 +60,7 @@ def export_dense(
             return
         for index, parts in shards.items():
             if not folder.has_layer(index):
-                folder.save_parts(index, parts, {})
+                _save(folder, index, parts)
             if progress is not None and index != OUTER:
                 progress(index)
         folder.finish(
@@ -69,6 +69,14 @@ def export_dense(
             source_record=source_record,
             texts={},
         )
+
+
+def _save(folder: OutputFolder, index: int, parts: list[Part]) -> None:
+    try:
+        folder.save_parts(index, parts, {})
+    except NumericsError:
+        folder.discard()  # Resuming would meet the same number.
+        raise
 
 
 def _check_exportable(checkpoint: Checkpoint) -> None:
