@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from compress_tool.checkpoint import Checkpoint
-from compress_tool.durable import FileDigest, digest_file
+from compress_tool.durable import FileDigest, digest_file, read_range
 from compress_tool.errors import InputError
 from compress_tool.folder import CONFIG_FILE, INDEX_FILE, read_json_object
 from compress_tool.headers import header_bytes_of
@@ -24,6 +24,8 @@ MANIFEST_FILE: Final = "manifest.json"
 MANIFEST_VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 64 * 2**20
 SELF_KEY: Final = "manifest_sha256"
+SAMPLE_BYTES: Final = 4096
+"""Of each tensor: one block of the disk, 3 MB for Mixtral-8x7B."""
 
 
 def manifest_json(
@@ -68,18 +70,26 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def source_identity(checkpoint: Checkpoint, *, hash_weights: bool = False) -> dict[str, Any]:
-    """What identifies a source: digests of config.json, the index and every shard's header.
+    """What identifies a source: config.json, the index, every header, a sample of the weights.
 
-    A header fixes names, shapes and offsets but not the weights; `hash_weights` reads them all
-    and adds the digest of every file.
+    The sample is the start of every tensor: another training gives another digest at no cost,
+    but damage further inside does not show. `hash_weights` reads everything and adds the digest
+    of every file.
     """
     shards = sorted({info.file for info in checkpoint.tensors.values()})
     small = [name for name in (CONFIG_FILE, INDEX_FILE) if (checkpoint.path / name).exists()]
+    sample = hashlib.sha256()
+    for name in sorted(checkpoint.tensors):
+        info = checkpoint.tensors[name]
+        end = min(info.end, info.start + SAMPLE_BYTES)
+        for chunk in read_range(info.file, info.start, end):
+            sample.update(chunk)
     identity: dict[str, Any] = {
         "files": {name: digest_file(checkpoint.path / name).sha256 for name in small},
         "headers": {
             shard.name: hashlib.sha256(header_bytes_of(shard)).hexdigest() for shard in shards
         },
+        "weights_sample_sha256": sample.hexdigest(),
     }
     if hash_weights:
         identity["files"] |= {shard.name: digest_file(shard).sha256 for shard in shards}

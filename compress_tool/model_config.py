@@ -187,12 +187,25 @@ def _check_optional(config: Mapping[str, Any], file: Path) -> None:
         if config.get(key) is not None:
             _positive(config, key, file)
     for key in ("rms_norm_eps", "rope_theta"):
-        value = config.get(key, 1.0)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise InputError(f"{file}: {key} must be a positive number, found {show(value)}")
+        _number(config, key, file, smallest=math.ulp(0.0))
+    for key in (
+        "attention_dropout",
+        "initializer_range",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+    ):
+        _number(config, key, file, smallest=0.0)
     for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(key), dict | None):
-            raise InputError(f"{file}: {key} must be an object, found {show(config[key])}")
+        rope = config.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise InputError(f"{file}: {key} must be an object, found {show(rope)}")
+        for name in ("rope_theta", "factor"):
+            _number(rope, name, file, smallest=math.ulp(0.0))
+        for name in ("rope_type", "type"):
+            if not isinstance(rope.get(name, ""), str):
+                raise InputError(f"{file}: {key}.{name} must be a name, found {show(rope[name])}")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key)
         ids = value if isinstance(value, list) else [value]
@@ -203,6 +216,14 @@ def _check_optional(config: Mapping[str, Any], file: Path) -> None:
             raise UnsupportedError(
                 f"{file}: {key} is {show(config[key])}, supported are bfloat16, float16, float32"
             )
+
+
+def _number(values: Mapping[str, Any], key: str, file: Path, *, smallest: float) -> None:
+    value = values.get(key, 1.0)
+    if type(value) not in (int, float) or not smallest <= value < math.inf:
+        raise InputError(
+            f"{file}: {key} must be a number {'> 0' if smallest else '≥ 0'}, found {show(value)}"
+        )
 
 
 def _positive(config: Mapping[str, Any], key: str, file: Path) -> int:

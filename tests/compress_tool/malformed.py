@@ -282,6 +282,17 @@ CASES: tuple[Case, ...] = (
     Case(name="tied is text", damage=config(tie_word_embeddings="no"), named=("tie_word",)),
     Case(name="eps is text", damage=config(rms_norm_eps="small"), named=("rms_norm_eps",)),
     Case(name="rope is a list", damage=config(rope_parameters=[1]), named=("rope_parameters",)),
+    Case(
+        name="rope_theta is text",
+        damage=config(rope_parameters={"rope_theta": "1e4", "rope_type": "default"}),
+        named=("rope_theta", "1e4"),
+    ),
+    Case(
+        name="rope_type is a number",
+        damage=config(rope_parameters={"rope_theta": 1e4, "rope_type": 1}),
+        named=("rope_parameters.rope_type",),
+    ),
+    Case(name="dropout is text", damage=config(attention_dropout="0"), named=("dropout",)),
     Case(name="eos is text", damage=config(eos_token_id="</s>"), named=("eos_token_id",)),
     Case(name="no architectures", damage=without("architectures"), named=("architectures",)),
     Case(name="two architectures", damage=config(architectures=["A", "B"]), named=("one name",)),

@@ -231,11 +231,22 @@ def test_a_changed_architecture_is_damage_and_not_a_matter_of_support(copy: Path
     assert "config.json: differs from the manifest" in verify(copy).problems[0]
 
 
-def test_a_full_hash_of_the_source_notices_other_weights(source: Checkpoint, tmp_path: Path):
-    """Headers alone cannot: they fix names and shapes."""
+def test_the_identity_of_a_source_notices_other_weights(source: Checkpoint, tmp_path: Path):
     other = open_checkpoint(
         tiny_mixtral(tmp_path / "other", seed=1, num_hidden_layers=4), allow_factored=False
     )
+    assert source_identity(source)["headers"] == source_identity(other)["headers"]
+    assert source_identity(source) != source_identity(other)
+
+
+def test_a_full_hash_of_the_source_notices_one_weight(source: Checkpoint, tmp_path: Path):
+    """Deep inside a tensor, where the sample does not look."""
+    shutil.copytree(source.path, tmp_path / "other")
+    info = source.tensors["model.embed_tokens.weight"]
+    data = bytearray(info.file.read_bytes())
+    data[info.end - 1] ^= 1
+    (tmp_path / "other" / info.file.name).write_bytes(data)
+    other = open_checkpoint(tmp_path / "other", allow_factored=False)
     assert source_identity(source) == source_identity(other)
     full = source_identity(source, hash_weights=True)
     assert full != source_identity(other, hash_weights=True)
