@@ -21,6 +21,9 @@ RATIO_WINDOW: Final = 0.005
 RANK_STEPS: Final = (128, 64, 32, 16, 8, 4, 2, 1)
 """Ranks are multiples of the largest step that still lands in the window: GPU tiles like them."""
 
+STEPS_PER_RANK: Final = 32
+"""A step is at most this fraction of the full rank, so that layers stay nearly equal."""
+
 MakeSpec = Callable[[int, int], LayerSpec]
 """Format spec of a layer from (rank_gate_up, rank_down)."""
 
@@ -117,7 +120,10 @@ def plan_ranks(
             f"ask for at most {reachable:.4f}"
         )
     best: dict[int, tuple[int, int]] | None = None
+    highest = max(max(rule.max_gate_up, rule.max_down) for rule in rules.values())
     for step in RANK_STEPS:
+        if step > max(1, highest // STEPS_PER_RANK):
+            continue
         ranks = _fill(rules, order, most, step)
         if ranks is None:
             continue

@@ -1,0 +1,386 @@
+"""`compress_tool run`: the one place that sees every stage.
+
+audit → size plan → scan → calibrate → (choose layers) → factor and write layer by layer → finish
+→ verify. Every stage leaves its result on disk before the next one uses it, so `--resume` goes on
+where a killed run stopped and writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress_tool.calibration import ProgressCallback, calibrate
+from compress_tool.calibration_state import statistics_file
+from compress_tool.checkpoint import Checkpoint, open_checkpoint, scan_finite
+from compress_tool.config import Recipe
+from compress_tool.corpus import TokenWindows, default_calibration_text, token_windows
+from compress_tool.durable import digest_file, write_file
+from compress_tool.errors import InputError, ResourceError, VerificationError
+from compress_tool.factorize.sensitivity import layer_sensitivity
+from compress_tool.folder import read_json_object
+from compress_tool.layer_stats import LayerStatistics
+from compress_tool.manifest import read_manifest, source_identity
+from compress_tool.model_card import model_card
+from compress_tool.packing import pack_layer
+from compress_tool.report import write_report
+from compress_tool.sizing import (
+    SizePlan,
+    chosen_layers,
+    max_ranks,
+    method_rule,
+    plan_sizes,
+    planned_disk_bytes,
+    store_dtype,
+)
+from compress_tool.solve import activation_of, layer_problem, solve_layer
+from compress_tool.verify import verify
+from compress_tool.writer import OutputFolder, factored_config
+from vllm_moesvd.format import CheckpointSpec
+
+SENSITIVITY_FILE = "sensitivity.json"
+SCANNED_FILE = "scanned"
+REPORT_FILE = "report.json"
+MAX_STATE_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What `run` prints: the plan's numbers with the losses filled in, and what to know."""
+
+    report: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    already_finished: bool
+    peak_memory_bytes: int
+
+
+def run(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    progress: ProgressCallback,
+    resume: bool = False,
+    statistics: Path | None = None,
+    device: str = "cpu",
+) -> RunResult:
+    """Compress the checkpoint at `source` into a new folder `out`.
+
+    `statistics` keeps the calibration for other recipes on the same text. Raises the ToolError
+    that says what is wrong; until the very end nothing exists at `out`.
+    """
+    checkpoint = open_checkpoint(source, allow_factored=False)
+    layers = chosen_layers(checkpoint, recipe)
+    files = [Path(name) for name in recipe.calibration] or [default_calibration_text()]
+    forecast = first_plan(checkpoint, recipe, layers)
+    windows = _windows(checkpoint, recipe, files)
+    num_tokens = windows.ids_NS.numel()
+    job = _job(checkpoint, recipe, files)
+    with OutputFolder(
+        out,
+        job=job,
+        num_layers=checkpoint.num_layers,
+        planned_bytes=planned_disk_bytes(checkpoint, forecast, num_tokens),
+        resume=resume,
+    ) as folder:
+        if folder.is_finished:
+            return _finished(folder.out, windows.warnings)
+        _scan_once(checkpoint, folder, progress)
+        directory = statistics if statistics is not None else folder.state / "statistics"
+        calibrate(
+            checkpoint,
+            windows.ids_NS,
+            directory,
+            batch_size=recipe.batch_size,
+            progress=progress,
+            resume=resume or statistics is not None,
+            device=device,
+        )
+        plan = _final_plan(checkpoint, recipe, layers, directory, folder.state, progress)
+        entries = _factor_layers(checkpoint, recipe, plan, directory, folder, progress, device)
+        report = _report(checkpoint, recipe, plan, entries, windows, files)
+        _finish(checkpoint, recipe, plan, folder, report)
+    _verify(folder.out, plan, progress)
+    write_report(folder.out)
+    return RunResult(
+        report=report,
+        warnings=windows.warnings + _routing_warnings(entries),
+        already_finished=False,
+        peak_memory_bytes=_peak_memory_bytes(),
+    )
+
+
+def first_plan(checkpoint: Checkpoint, recipe: Recipe, layers: Sequence[int]) -> SizePlan:
+    """The size plan before any statistics: refuses an unreachable ratio at once."""
+    if recipe.method == "moe-svd" and recipe.layers is None and recipe.rank is None:
+        return plan_sizes(checkpoint, recipe, _paper_layers(checkpoint, recipe, layers, None))
+    return plan_sizes(checkpoint, recipe, layers)
+
+
+def _final_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    directory: Path,
+    state: Path,
+    progress: ProgressCallback,
+) -> SizePlan:
+    """The plan that is carried out; for moe-svd, after routing and sensitivity are known."""
+    if recipe.method != "moe-svd":
+        return plan_sizes(checkpoint, recipe, layers)
+    frequency = {
+        layer: LayerStatistics.load(statistics_file(directory, layer)).counts_E for layer in layers
+    }
+    if recipe.layers is None and recipe.rank is None:
+        sensitivity = _sensitivities(checkpoint, recipe, layers, directory, state, progress)
+        layers = _paper_layers(checkpoint, recipe, layers, sensitivity)
+    return plan_sizes(checkpoint, recipe, layers, frequency)
+
+
+def _paper_layers(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    sensitivity: Mapping[int, float] | None,
+) -> tuple[int, ...]:
+    """The least sensitive layers: as few as leave each a rank of `layer_rank_share` of full.
+
+    The paper thresholds S_L "based on the compression ratio" and names neither threshold nor
+    rank; its tables decompose few layers at a high rank. All layers if none leave that much.
+    """
+    ascending = sorted(layers, key=lambda layer: (sensitivity or {}).get(layer, 0.0))
+    rule = method_rule(checkpoint, recipe)
+    wanted = int(recipe.layer_rank_share * max(max_ranks(checkpoint, recipe)))
+    dense = checkpoint.routed_params // len(checkpoint.moe_layers)
+    assert recipe.ratio is not None
+    base = checkpoint.routed_params if recipe.ratio_of == "experts" else checkpoint.total_params
+    for count in range(1, len(ascending) + 1):
+        if count * (dense - rule.params((wanted, wanted))) >= recipe.ratio * base:
+            return tuple(sorted(ascending[:count]))
+    return tuple(sorted(ascending))
+
+
+def _sensitivities(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    directory: Path,
+    state: Path,
+    progress: ProgressCallback,
+) -> dict[int, float]:
+    """S_L of every layer, kept on disk as they are found."""
+    file = state / SENSITIVITY_FILE
+    known: dict[int, float] = {}
+    if file.exists():
+        values = read_json_object(state, SENSITIVITY_FILE, MAX_STATE_BYTES)
+        known = {int(layer): value for layer, value in values.items()}
+    activation = activation_of(checkpoint)
+    for done, layer in enumerate(layers):
+        progress("sensitivity", done, len(layers), f"layer {layer}")
+        if layer not in known:
+            statistics = LayerStatistics.load(statistics_file(directory, layer))
+            known[layer] = layer_sensitivity(
+                layer_problem(checkpoint, recipe, layer, statistics, activation, "cpu")
+            )
+            write_file(file, [json.dumps(known).encode()])
+    progress("sensitivity", len(layers), len(layers), "")
+    return known
+
+
+def _factor_layers(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    plan: SizePlan,
+    directory: Path,
+    folder: OutputFolder,
+    progress: ProgressCallback,
+    device: str,
+) -> dict[int, dict[str, Any]]:
+    """Factor and write every layer that is not on disk yet; returns the manifest entries."""
+    activation = activation_of(checkpoint)
+    entries: dict[int, dict[str, Any]] = {}
+    for layer in range(checkpoint.num_layers):
+        progress("factor", layer, checkpoint.num_layers, f"layer {layer}")
+        if not folder.has_layer(layer):
+            if layer in checkpoint.moe_layers:
+                statistics = LayerStatistics.load(statistics_file(directory, layer))
+            spec = plan.specs.get(layer)
+            if spec is None:
+                counts = statistics.counts_E.tolist() if layer in checkpoint.moe_layers else []
+                folder.save_layer_shard(
+                    layer, checkpoint, None, {"form": "dense", "counts": counts}
+                )
+            else:
+                problem = layer_problem(checkpoint, recipe, layer, statistics, activation, device)
+                solved = solve_layer(checkpoint, recipe, layer, spec, problem)
+                assert solved.factors.spec == spec, "the plan's sizes are a promise"
+                dtype = store_dtype(checkpoint, recipe, layer)
+                tensors = pack_layer(
+                    solved.factors, checkpoint.family, checkpoint.shape, layer, dtype
+                )
+                folder.save_layer_shard(layer, checkpoint, tensors, solved.entry)
+        entries[layer] = folder.layer_entry(layer)
+    folder.carry_over(checkpoint)
+    progress("factor", checkpoint.num_layers, checkpoint.num_layers, "")
+    return entries
+
+
+def _finish(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    plan: SizePlan,
+    folder: OutputFolder,
+    report: Mapping[str, Any],
+) -> None:
+    spec = CheckpointSpec(layers=plan.specs)
+    readme = checkpoint.path / "README.md"
+    card = model_card(
+        report,
+        source_name=checkpoint.path.resolve().name,
+        source_readme=readme.read_text(errors="replace") if readme.is_file() else None,
+    )
+    folder.finish(
+        source=checkpoint,
+        config=factored_config(checkpoint, spec),
+        source_record=source_identity(checkpoint),
+        texts={
+            "recipe.yaml": recipe.to_yaml().encode(),
+            "README.md": card.encode(),
+            REPORT_FILE: (json.dumps(report, indent=1, sort_keys=True) + "\n").encode(),
+        },
+    )
+
+
+def _verify(out: Path, plan: SizePlan, progress: ProgressCallback) -> None:
+    """Read everything back: what is on disk is what was promised, byte for byte."""
+    progress("verify", 0, 1, "")
+    result = verify(out)
+    problems = list(result.problems)
+    if not problems:
+        written = open_checkpoint(out, allow_factored=True)
+        if written.total_bytes != plan.bytes_after:
+            problems.append(f"{out}: {written.total_bytes} bytes, planned {plan.bytes_after}")
+    progress("verify", 1, 1, "")
+    if problems:
+        raise VerificationError(f"{problems[0]} ({len(problems)} problems; see `verify {out}`)")
+
+
+def _report(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    plan: SizePlan,
+    entries: Mapping[int, Mapping[str, Any]],
+    windows: TokenWindows,
+    files: Sequence[Path],
+) -> dict[str, Any]:
+    """report.json: the plan's keys, with losses and routing per layer. No paths, no times."""
+    predicted = {layer: entry.get("predicted_loss") for layer, entry in entries.items()}
+    report = plan.to_json(predicted)
+    by_index = {entry["index"]: entry for entry in report["layers"]}
+    report["layers"] = [
+        by_index.get(layer, {"index": layer, "rank": None, "predicted_loss": None})
+        | dict(entries[layer])
+        for layer in range(checkpoint.num_layers)
+    ]
+    return report | {
+        "source": checkpoint.path.resolve().name,
+        "family": checkpoint.family.name,
+        "method": recipe.method,
+        "asked_ratio": recipe.ratio,
+        "ratio_of": recipe.ratio_of,
+        "num_experts": checkpoint.shape.num_experts,
+        "top_k": checkpoint.shape.top_k,
+        "routed_params_before": checkpoint.routed_params,
+        "calibration": {
+            "files": [file.name for file in files],
+            "samples": windows.ids_NS.shape[0],
+            "seq_len": windows.ids_NS.shape[1],
+            "tokens": windows.ids_NS.numel(),
+            "tokens_in_text": windows.num_tokens,
+        },
+    }
+
+
+def _windows(checkpoint: Checkpoint, recipe: Recipe, files: Sequence[Path]) -> TokenWindows:
+    """Calibration windows, no longer than the model's positions."""
+    longest = checkpoint.config.get("max_position_embeddings")
+    seq_len = recipe.seq_len
+    if isinstance(longest, int) and seq_len > longest:
+        if seq_len != Recipe(ratio=0.5).seq_len:
+            raise InputError(
+                f"--seq-len is {seq_len}, the model's max_position_embeddings is {longest}; "
+                "use a smaller --seq-len"
+            )
+        seq_len = longest
+    return token_windows(
+        checkpoint.path, files, seq_len=seq_len, samples=recipe.samples, seed=recipe.seed
+    )
+
+
+def _job(checkpoint: Checkpoint, recipe: Recipe, files: Sequence[Path]) -> dict[str, Any]:
+    """What must be equal for a run to be the same run; texts and sources by content, not path."""
+    texts = [digest_file(file).sha256 for file in files]
+    identity = json.dumps(source_identity(checkpoint), sort_keys=True)
+    return {
+        "recipe": recipe.to_json() | {"calibration": [file.name for file in files]},
+        "calibration_sha256": texts,
+        "source_sha256": hashlib.sha256(identity.encode()).hexdigest(),
+    }
+
+
+def _scan_once(checkpoint: Checkpoint, folder: OutputFolder, progress: ProgressCallback) -> None:
+    """Look for NaN and infinite weights; a source that has them leaves nothing behind."""
+    marker = folder.state / SCANNED_FILE
+    if marker.exists():
+        return
+    total = sum(info.num_bytes for info in checkpoint.tensors.values())
+    try:
+        scan_finite(checkpoint, checkpoint.tensors, lambda n: progress("scan", n, total, "bytes"))
+    except InputError:
+        folder.discard()
+        raise
+    write_file(marker, [b""])
+
+
+def _finished(out: Path, warnings: tuple[str, ...]) -> RunResult:
+    """The result of a run that an earlier process completed."""
+    read_manifest(out)
+    report = read_json_object(out, REPORT_FILE, 64 * MAX_STATE_BYTES)
+    return RunResult(
+        report=report,
+        warnings=warnings,
+        already_finished=True,
+        peak_memory_bytes=_peak_memory_bytes(),
+    )
+
+
+def _routing_warnings(entries: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+    lines = []
+    for layer, entry in sorted(entries.items()):
+        missed = [expert for expert, count in enumerate(entry.get("counts") or []) if count == 0]
+        if missed and entry["form"] != "dense":
+            shown = ", ".join(map(str, missed[:8])) + (", …" if len(missed) > 8 else "")
+            lines.append(
+                f"layer {layer}: calibration never routed a token to expert {shown}; "
+                f"{'they take' if len(missed) > 1 else 'it takes'} the pooled statistics of the "
+                "other experts (more or other --calibration text reaches more experts)"
+            )
+    return tuple(lines)
+
+
+def _peak_memory_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_device(device: str) -> str:
+    """`cpu` or `cuda[:n]`, if this machine has it; raises ResourceError."""
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ResourceError(f"--device is {device}, this machine offers cpu only; use --device cpu")
+    return device

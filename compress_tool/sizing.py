@@ -1,0 +1,266 @@
+"""Sizes of a compression before it runs: from headers and a recipe to specs, bytes and a forecast.
+
+This is what `compress_tool plan` prints. No weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from compress_tool.calibration_state import calibration_bytes
+from compress_tool.checkpoint import TORCH_DTYPES, Checkpoint
+from compress_tool.config import Recipe
+from compress_tool.errors import UsageError
+from compress_tool.factorize.moe_svd import MoESVDOptions, trimmed_slots
+from compress_tool.factorize.shared_v import contiguous_groups
+from compress_tool.plan import Budget, MakeSpec, SizeRule, plan_ranks, size_rule, spec_params
+from vllm_moesvd.format import FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
+
+BASE_MEMORY_BYTES: Final = 700 * 2**20
+"""Resident size of Python with torch and transformers imported, before any work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizePlan:
+    """Specs of the factored layers, and what they make of the model's size.
+
+    `ratio` is the achieved share of what the recipe's `ratio_of` names; bytes are tensor bytes.
+    """
+
+    specs: Mapping[int, LayerSpec]
+    total_params_before: int
+    total_params_after: int
+    ratio: float
+    bytes_before: int
+    bytes_after: int
+
+    def to_json(self, predicted_loss: Mapping[int, float | None] | None = None) -> dict[str, Any]:
+        """The keys that `plan` and `run` print; a layer's loss is null until it is known."""
+        predicted = predicted_loss or {}
+        return {
+            "total_params_before": self.total_params_before,
+            "total_params_after": self.total_params_after,
+            "ratio": self.ratio,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "layers": [
+                layer_json(layer, spec) | {"predicted_loss": predicted.get(layer)}
+                for layer, spec in sorted(self.specs.items())
+            ],
+        }
+
+
+def layer_json(layer: int, spec: LayerSpec) -> dict[str, Any]:
+    """Index, form and ranks of one layer; `rank` is the larger of the two, the one it serves at."""
+    if isinstance(spec, NarrowSpec):
+        return {"index": layer, "form": spec.form, "rank": None, "width": spec.width}
+    return {
+        "index": layer,
+        "form": spec.form,
+        "rank": max(spec.rank_gate_up, spec.rank_down),
+        "rank_gate_up": spec.rank_gate_up,
+        "rank_down": spec.rank_down,
+    }
+
+
+def moe_svd_options(recipe: Recipe) -> MoESVDOptions:
+    """The switches of the printed method."""
+    return MoESVDOptions(
+        k=recipe.k, groups=recipe.groups, combine=recipe.combine, whitening=recipe.whitening
+    )
+
+
+def chosen_layers(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, ...]:
+    """The layers that may be factored: all MoE layers, or those of `--layers`."""
+    if recipe.layers is None:
+        return checkpoint.moe_layers
+    missing = [layer for layer in recipe.layers if layer not in checkpoint.moe_layers]
+    if missing:
+        raise UsageError(
+            f"--layers names {missing[0]}, which is not an MoE layer of {checkpoint.path}; "
+            f"MoE layers are {_ranges(checkpoint.moe_layers)}"
+        )
+    return recipe.layers
+
+
+def max_ranks(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
+    """Ranks (gate/up, down) at which the method is exact."""
+    shape = checkpoint.shape
+    smaller = min(shape.hidden_size, shape.expert_width)
+    if recipe.method in ("auto", "latent"):
+        return shape.hidden_size, shape.hidden_size
+    if recipe.method == "shared-v" and recipe.groups < shape.num_experts:
+        return shape.hidden_size, shape.expert_width
+    return smaller, smaller
+
+
+def method_rule(
+    checkpoint: Checkpoint, recipe: Recipe, frequency_E: torch.Tensor | None = None
+) -> SizeRule:
+    """How the size of a layer follows from its ranks under the recipe's method.
+
+    The trimmed slots of moe-svd depend on the routing frequencies of the layer where two experts
+    are equally frequent; without them all are taken as different.
+    """
+    shape = checkpoint.shape
+    if recipe.groups > shape.num_experts:
+        raise UsageError(f"--groups is {recipe.groups}, the model has {shape.num_experts} experts")
+    experts = tuple(range(shape.num_experts))
+    if recipe.method in ("auto", "latent"):
+
+        def make(rank_gate_up: int, rank_down: int) -> LayerSpec:
+            return LatentSpec(
+                rank_gate_up=rank_gate_up,
+                rank_down=rank_down,
+                width=shape.expert_width,
+                bias=recipe.centre,
+            )
+
+        return size_rule(make, shape, checkpoint.family, max_ranks(checkpoint, recipe))
+    if recipe.method == "moe-svd":
+        if frequency_E is None:
+            frequency_E = torch.arange(shape.num_experts, 0, -1)
+        slots = trimmed_slots(frequency_E.double(), moe_svd_options(recipe))
+        make_factored = _factored(slots.expert_slot, slots.slot_group)
+    elif recipe.method == "svd" or recipe.groups == shape.num_experts:
+        make_factored = _factored(experts, experts, is_svd=True)
+    else:
+        make_factored = _factored(experts, contiguous_groups(shape.num_experts, recipe.groups))
+    return size_rule(make_factored, shape, checkpoint.family, max_ranks(checkpoint, recipe))
+
+
+def plan_sizes(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    frequency: Mapping[int, torch.Tensor] | None = None,
+) -> SizePlan:
+    """Choose the ranks of `layers`; raises ResourceError if the asked ratio cannot be kept."""
+    rules = {
+        layer: method_rule(checkpoint, recipe, None if frequency is None else frequency[layer])
+        for layer in layers
+    }
+    if recipe.rank is not None:
+        largest = max_ranks(checkpoint, recipe)
+        if recipe.rank > max(largest):
+            raise UsageError(
+                f"--rank is {recipe.rank}, the largest possible for method {recipe.method} on "
+                f"this model is {max(largest)}"
+            )
+        ranks = min(recipe.rank, largest[0]), min(recipe.rank, largest[1])
+        return size_plan(
+            checkpoint, recipe, {layer: rule.make_spec(*ranks) for layer, rule in rules.items()}
+        )
+    return size_plan(checkpoint, recipe, plan_ranks(budget(checkpoint, recipe), rules))
+
+
+def budget(checkpoint: Checkpoint, recipe: Recipe) -> Budget:
+    """What the ratio of the recipe refers to."""
+    assert recipe.ratio is not None
+    return Budget(
+        total_params=checkpoint.total_params,
+        routed_params=checkpoint.routed_params,
+        dense_layer_params=checkpoint.routed_params // len(checkpoint.moe_layers),
+        ratio=recipe.ratio,
+        of_experts=recipe.ratio_of == "experts",
+    )
+
+
+def size_plan(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[int, LayerSpec]) -> SizePlan:
+    """Count parameters and bytes, exactly, for given specs."""
+    params_before, bytes_before = checkpoint.total_params, checkpoint.total_bytes
+    params_after, bytes_after = params_before, bytes_before
+    for layer, spec in specs.items():
+        infos = [checkpoint.tensors[name] for name in checkpoint.expert_tensors(layer)]
+        added = spec_params(spec, checkpoint.shape, checkpoint.family)
+        params_after += added - sum(info.num_params for info in infos)
+        bytes_after += added * store_dtype(checkpoint, recipe, layer).itemsize
+        bytes_after -= sum(info.num_bytes for info in infos)
+    base = checkpoint.routed_params if recipe.ratio_of == "experts" else params_before
+    return SizePlan(
+        specs=dict(sorted(specs.items())),
+        total_params_before=params_before,
+        total_params_after=params_after,
+        ratio=(params_before - params_after) / base,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+    )
+
+
+def store_dtype(checkpoint: Checkpoint, recipe: Recipe, layer: int) -> torch.dtype:
+    """The dtype a layer's factors are stored in: its experts' own, unless the recipe says."""
+    if recipe.dtype != "source":
+        dtype: torch.dtype = getattr(torch, recipe.dtype)
+        return dtype
+    stored: torch.dtype = TORCH_DTYPES[
+        checkpoint.tensors[checkpoint.expert_tensors(layer)[0]].dtype
+    ]
+    return stored
+
+
+def num_calibration_tokens(recipe: Recipe) -> int:
+    """Tokens that calibration runs, if the text has enough of them."""
+    return recipe.samples * recipe.seq_len
+
+
+def planned_disk_bytes(checkpoint: Checkpoint, plan: SizePlan, num_tokens: int) -> int:
+    """Disk that a run needs at its peak: the statistics and the output beside each other."""
+    return plan.bytes_after + calibration_bytes(checkpoint, num_tokens, torch.float32)
+
+
+def forecast_memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int:
+    """Peak memory of a run: the larger of calibration and the solver, for one layer.
+
+    Nothing in it depends on the number of layers.
+    """
+    shape = checkpoint.shape
+    layer = checkpoint.moe_layers[0]
+    layer_params = sum(checkpoint.tensors[n].num_params for n in checkpoint.layer_tensors(layer))
+    source_bytes = sum(checkpoint.tensors[n].num_bytes for n in checkpoint.layer_tensors(layer))
+    states = num_tokens * shape.hidden_size * 4
+    batch = recipe.batch_size * recipe.seq_len * max(shape.expert_width, shape.hidden_size) * 4 * 4
+    outer = max(
+        (checkpoint.tensors[name].num_params for name in checkpoint.outer_tensors()), default=0
+    )
+    calibration = states + max(4 * layer_params, 4 * outer) + source_bytes + batch
+    uses_neurons = recipe.method not in ("auto", "latent")
+    side = max(shape.hidden_size, shape.expert_width if uses_neurons else 0)
+    solver = 3 * states + 6 * 8 * side * side + 2 * 4 * layer_params + source_bytes
+    return BASE_MEMORY_BYTES + max(calibration, solver)
+
+
+def forecast_flops(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> float:
+    """Floating-point operations of a run, for the time estimate of `plan`."""
+    shape = checkpoint.shape
+    d, f = shape.hidden_size, shape.expert_width
+    routed = num_tokens * shape.top_k
+    expert_pass = 2.0 * routed * 3 * d * f
+    outside = 2.0 * num_tokens * (checkpoint.total_params - checkpoint.routed_params)
+    per_layer = 3 * expert_pass
+    per_layer += 2.0 * routed * d * d * 2 + 2.0 * shape.num_experts * f * d * d * 3 + 20.0 * d**3
+    if recipe.method not in ("auto", "latent"):
+        per_layer += 2.0 * routed * f * f * 2 + 20.0 * f**3
+    return per_layer * len(checkpoint.moe_layers) + outside
+
+
+def _factored(
+    expert_slot: tuple[int, ...], slot_group: tuple[int, ...], *, is_svd: bool = False
+) -> MakeSpec:
+    def make(rank_gate_up: int, rank_down: int) -> LayerSpec:
+        return FactoredSpec(
+            rank_gate_up=rank_gate_up,
+            rank_down=rank_down,
+            expert_slot=expert_slot,
+            slot_group=slot_group,
+            form="svd" if is_svd else "shared-v",
+        )
+
+    return make
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    return f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])

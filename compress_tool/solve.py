@@ -1,0 +1,149 @@
+"""One layer from statistics to factors: the solver the recipe asks for, and what it lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from compress_tool.checkpoint import Checkpoint
+from compress_tool.config import Recipe
+from compress_tool.errors import NumericsError
+from compress_tool.factorize.latent import LatentSolution, solve_latent
+from compress_tool.factorize.moe_svd import solve_moe_svd
+from compress_tool.factorize.problem import (
+    Activation,
+    LayerProblem,
+    relative_error,
+    routed_output,
+)
+from compress_tool.factorize.shared_v import SharedSolution, solve_shared_v
+from compress_tool.factors import LatentFactors, LayerFactors
+from compress_tool.layer_stats import LayerStatistics
+from compress_tool.packing import folded_expert, folded_factors
+from compress_tool.sizing import moe_svd_options, store_dtype
+from compress_tool.weight_error import layer_weight_error
+from vllm_moesvd.format import LatentSpec, LayerSpec, NarrowSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SolvedLayer:
+    """Factors in fp32 and the layer's entry in the manifest and the report (JSON values).
+
+    `predicted_loss` is the sum of two tail shares: of the routed gate/up energy and of the down
+    (or output) energy behind the ranks. It is None for the printed method, which predicts nothing.
+    """
+
+    factors: LayerFactors
+    predicted_loss: float | None
+    entry: dict[str, Any]
+
+
+def activation_of(checkpoint: Checkpoint) -> Activation:
+    """The experts' activation function, by transformers' own table."""
+    from transformers.activations import ACT2FN
+
+    name = checkpoint.config.get("hidden_act", "silu")
+    activation: Activation = ACT2FN[name]
+    return activation
+
+
+def layer_problem(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layer: int,
+    statistics: LayerStatistics,
+    activation: Activation,
+    device: str,
+) -> LayerProblem:
+    """The solver's view of one dense layer; at most two experts are kept in memory."""
+
+    @lru_cache(maxsize=2)
+    def experts(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        gate_FD, up_FD, down_DF = folded_expert(checkpoint, layer, expert)
+        return gate_FD.to(device), up_FD.to(device), down_DF.to(device)
+
+    return LayerProblem(
+        shape=checkpoint.shape,
+        statistics=statistics,
+        experts=experts,
+        activation=activation,
+        store_dtype=store_dtype(checkpoint, recipe, layer),
+        device=device,
+    )
+
+
+def solve_layer(
+    checkpoint: Checkpoint, recipe: Recipe, layer: int, spec: LayerSpec, problem: LayerProblem
+) -> SolvedLayer:
+    """Factor one layer to `spec` and measure the rounded result on the calibration tokens.
+
+    Raises NumericsError if a factor or the layer's output is not finite.
+    """
+    assert not isinstance(spec, NarrowSpec)
+    y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
+    _check_finite(layer, {"the dense output": y_TD})
+    ranks = spec.rank_gate_up, spec.rank_down
+    solution: LatentSolution | SharedSolution | None = None
+    factors: LayerFactors
+    if isinstance(spec, LatentSpec):
+        solution = solve_latent(problem, y_TD, *ranks, centre=spec.bias)
+        factors = solution.factors
+    elif recipe.method == "moe-svd":
+        factors = solve_moe_svd(problem, *ranks, moe_svd_options(recipe))
+    else:
+        solution = solve_shared_v(problem, *ranks, num_groups=spec.num_groups)
+        factors = solution.factors
+    dtype = problem.store_dtype
+
+    def stored(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return folded_factors(factors, expert, dtype)
+
+    approximation_TD = routed_output(problem.statistics, stored, problem.activation)
+    if isinstance(factors, LatentFactors) and factors.bias_D is not None:
+        approximation_TD += factors.bias_D.to(dtype).float().cpu()
+    _check_finite(layer, {f"the output of factors stored in {dtype}": approximation_TD})
+    predicted = None if solution is None else solution.predicted_gate_up + solution.predicted_down
+    entry: dict[str, Any] = {
+        "form": spec.form,
+        "rank_gate_up": ranks[0],
+        "rank_down": ranks[1],
+        "predicted_loss": predicted,
+        "measured_loss": relative_error(y_TD, approximation_TD),
+        "weight_error": layer_weight_error(checkpoint, layer, lambda e: _on_cpu(stored(e))),
+        "counts": problem.statistics.counts_E.tolist(),
+    }
+    if not isinstance(spec, LatentSpec):
+        entry["distinct_experts"] = spec.num_slots
+    if solution is not None:
+        entry["spectrum_gate_up"] = _rounded(solution.spectrum_gate_up)
+        entry["spectrum_down"] = _rounded(solution.spectrum_down)
+        entry["predicted_gate_up"] = solution.predicted_gate_up
+        entry["predicted_down"] = solution.predicted_down
+    return SolvedLayer(factors=factors, predicted_loss=predicted, entry=entry)
+
+
+def _check_finite(layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(
+                f"layer {layer}: {name} has NaN or infinite values; use --dtype float32, or other "
+                "calibration text"
+            )
+
+
+def _on_cpu(
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gate, up, down = weights
+    return gate.cpu(), up.cpu(), down.cpu()
+
+
+def _rounded(spectrum: torch.Tensor) -> list[float]:
+    """A spectrum relative to its largest value, four digits each: the report's picture needs no
+    more, and the last bits would differ between machines."""
+    values = spectrum.clamp(min=0)
+    largest = values.max().clamp(min=torch.finfo(values.dtype).tiny)
+    return [float(f"{value:.4g}") for value in (values / largest).tolist()]
