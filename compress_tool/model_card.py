@@ -142,8 +142,8 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
     return (
         "## Layers\n\n"
         + _table(header, rows)
-        + "\nA loss is the relative squared error of the layer's output on the calibration text: 0 "
-        "is exact.\n"
+        + "\nMeasured: relative squared error of the layer's output on the calibration text, 0 is "
+        "exact. Predicted: share of energy beyond both ranks, gate/up and down added.\n"
     )
 
 

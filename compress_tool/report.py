@@ -8,7 +8,7 @@ Every key of report.json may be missing:
     layers        [{index, form, rank_gate_up, rank_down, predicted_loss, measured_loss,
                     weight_error {gate, up, down}, counts [E], spectrum_gate_up, spectrum_down}]
 
-The spectra are eigenvalues, largest first. Without matplotlib the page has its tables only.
+The spectra are eigenvalues, largest first; `predicted_loss` is the sum of their tails. Without matplotlib the page has its tables only.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def _figures(
         ),
         (
             "Layer by layer",
-            "Ranks above, relative squared error of the layer's output below (0 is exact).",
+            "Ranks above. Below, the relative squared error of the layer's output on the "
+            "calibration text (0 is exact), and the sum of the two tails that were cut off.",
             bool(layers),
             lambda: draw.layers_figure(layers),
         ),
@@ -213,7 +214,8 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
             )
         )
     return (
-        "<h2>Layers</h2><p>Predicted and measured: relative squared error of the layer's output. "
+        "<h2>Layers</h2><p>Predicted: share of energy beyond both ranks, gate/up and down added. "
+        "Measured: relative squared error of the layer's output on the calibration text. "
         "Weights: relative error of the weights themselves, without regard to which activations "
         "reach them; large values there are normal.</p>" + _table((*header, *header_rest), rows)
     )

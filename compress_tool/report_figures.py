@@ -104,7 +104,7 @@ def layers_figure(layers: Sequence[Mapping[str, Any]]) -> bytes:
         handles=handles, frameon=False, ncols=6, loc="lower right", bbox_to_anchor=(1.0, 1.0)
     )
     for key, marker, colour, label in (
-        ("predicted_loss", "o", "#e09f3e", "predicted from the spectrum"),
+        ("predicted_loss", "o", "#e09f3e", "energy beyond both ranks"),
         ("measured_loss", "D", "#9e2a2b", "measured on the layer's output"),
     ):
         loss_L = np.where([form == "dense" for form in forms], np.nan, _column(layers, key))
