@@ -8,7 +8,8 @@ Every key of report.json may be missing:
     layers        [{index, form, rank_gate_up, rank_down, predicted_loss, measured_loss,
                     weight_error {gate, up, down}, counts [E], spectrum_gate_up, spectrum_down}]
 
-The spectra are eigenvalues, largest first; `predicted_loss` is the sum of their tails. Without matplotlib the page has its tables only.
+The spectra are eigenvalues, largest first; `predicted_loss` is the sum of their tails.
+Without matplotlib the page has its tables only.
 """
 
 from __future__ import annotations
