@@ -341,8 +341,15 @@ def _scan_once(checkpoint: Checkpoint, folder: OutputFolder, progress: ProgressC
     if marker.exists():
         return
     total = sum(info.num_bytes for info in checkpoint.tensors.values())
+    done = 0
+
+    def read(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("scan", done, total, "bytes")
+
     try:
-        scan_finite(checkpoint, checkpoint.tensors, lambda n: progress("scan", n, total, "bytes"))
+        scan_finite(checkpoint, checkpoint.tensors, read)
     except InputError:
         folder.discard()
         raise
