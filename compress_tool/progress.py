@@ -56,7 +56,7 @@ class Progress:
         self._task: TaskID | None = None
         self._stage = ""
         self._done = self._first_done = self._total = 0
-        self._started_at = self._printed_at = 0.0
+        self._started_at = self._stepped_at = self._printed_at = 0.0
 
     def __enter__(self) -> Progress:
         interactive = self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
@@ -91,7 +91,9 @@ class Progress:
         is_new = stage != self._stage
         if is_new:
             self._stage, self._first_done = stage, done
-            self._started_at = self._clock()
+            self._started_at = self._stepped_at = self._clock()
+        elif done > self._done:
+            self._stepped_at = self._clock()
         finished_now = total > 0 and done >= total and (is_new or self._done < self._total)
         self._done, self._total = done, total
         if self._bars is not None:
@@ -127,7 +129,10 @@ class Progress:
             parts.append(detail)
         steps = self._done - self._first_done
         if steps > 0 and self._total:
-            left = elapsed / steps * (self._total - self._done)
+            # The rate of finished steps, less what the step that runs has taken so far.
+            rate = (self._stepped_at - self._started_at) / steps
+            running = self._clock() - self._stepped_at
+            left = max(rate * (self._total - self._done) - running, 0.0)
             parts.append(f"{clock_text(elapsed)} elapsed, {clock_text(left)} left")
         return " · ".join(parts)
 

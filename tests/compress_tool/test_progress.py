@@ -68,6 +68,20 @@ def test_time_left_counts_only_the_steps_of_this_run() -> None:
     assert stream.getvalue().splitlines()[-1].endswith("0:20 elapsed, 1:00 left")
 
 
+def test_time_left_falls_while_a_step_runs() -> None:
+    """Many calls inside one long step must not make the rest look longer."""
+    stream, clock = io.StringIO(), Clock()
+    with Progress(stream=stream, clock=clock) as progress:
+        progress("calibrate", 0, 4, "layer 0")
+        clock.now += 60.0
+        progress("calibrate", 1, 4, "layer 1")
+        for _ in range(4):
+            clock.now += 20.0
+            progress("calibrate", 1, 4, "layer 1")
+    left = [line.rpartition(", ")[2] for line in stream.getvalue().splitlines()[1:]]
+    assert left == ["3:00 left", "2:40 left", "2:20 left", "2:00 left", "1:40 left"]
+
+
 def test_an_unknown_total_has_no_end() -> None:
     stream = io.StringIO()
     with Progress(stream=stream, clock=Clock()) as progress:
