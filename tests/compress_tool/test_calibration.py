@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from compress_tool.checkpoint import open_checkpoint
 from compress_tool.errors import InputError, NumericsError, ResourceError
 from compress_tool.layer_stats import LayerStatistics
 from tests.checkpoints import mixtral_config, mixtral_tensors, tiny_mixtral, write_checkpoint
+from tests.compress_tool.test_streaming import FORMS, write_factored
 
 
 def ids_of(*size: int, seed: int = 0) -> torch.Tensor:
@@ -267,3 +269,40 @@ def test_an_overflow_leaves_no_file_for_its_layer(tmp_path):
         run(path, tmp_path / "state", ids_of(2, 8))
     names = sorted(file.name for file in (tmp_path / "state").iterdir())
     assert names == ["calibration.json", "hidden-00000.bin", "layer-00000.safetensors"]
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 9000, 17_000])
+def test_a_full_disk_is_a_resource_error_and_resume_completes(tmp_path, limit_bytes):
+    """A file size limit stands for the full disk: the same failed write, in the same places."""
+    path = tiny_mixtral(tmp_path / "model")
+    ids = ids_of(4, 16)
+    run(path, tmp_path / "whole", ids)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        with pytest.raises(ResourceError, match="--resume"):
+            run(path, tmp_path / "state", ids)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "state").glob("*.tmp"))
+    run(path, tmp_path / "state", ids, resume=True)
+    assert contents(tmp_path / "state") == contents(tmp_path / "whole")
+
+
+def test_a_read_only_place_is_a_resource_error(tmp_path):
+    path = tiny_mixtral(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError):
+        run(path, tmp_path / "file" / "state", ids_of(2, 8))
+
+
+def test_a_compressed_checkpoint_can_be_calibrated_too(tmp_path):
+    path = write_factored(tmp_path / "model", FORMS["latent-bias"], layer=0)
+    ids = ids_of(3, 8)
+    files = run(path, tmp_path / "state", ids)
+    dense = run(tiny_mixtral(tmp_path / "dense"), tmp_path / "dense-state", ids)
+    first, second = (
+        [LayerStatistics.load(run_files[layer]) for run_files in (files, dense)] for layer in (0, 1)
+    )
+    assert torch.equal(first[0].x_TD, first[1].x_TD)
+    assert not torch.allclose(second[0].x_TD, second[1].x_TD, atol=0.1)
