@@ -44,7 +44,11 @@ class Completion:
 
 
 def run_engines(
-    paths: list[Path], *, tp_size: int = 1, eager: bool = True, options: dict[str, Any] | None = None
+    paths: list[Path],
+    *,
+    tp_size: int = 1,
+    eager: bool = True,
+    options: dict[str, Any] | None = None,
 ) -> list[list[Completion]]:
     """Completions of `PROMPTS` by each checkpoint, one engine after the other."""
     command = [sys.executable, "-m", "tests.vllm_moesvd.engine_run", *map(str, paths)]
@@ -82,7 +86,7 @@ def generate(path: str, *, tp_size: int, eager: bool, options: dict[str, Any]) -
     completions = []
     for request in engine.generate(list(PROMPTS), sampling, use_tqdm=False):
         output = request.outputs[0]
-        ranked = [sorted((p.logprob for p in step.values())) for step in output.logprobs]
+        ranked = [sorted(p.logprob for p in step.values()) for step in output.logprobs]
         completions.append(
             {
                 "tokens": list(output.token_ids),

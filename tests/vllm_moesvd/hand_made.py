@@ -88,6 +88,8 @@ def hand_made(layers: dict[int, LayerSpec], *, exact: bool, seed: int = 0) -> Ha
     dense_config = mixtral_config(num_hidden_layers=6)
     shape = MIXTRAL.moe_shape(dense_config)
     dense = mixtral_tensors(dense_config, seed)
+    # Logits below one, so that an error of a log probability is an error of fp32 at 1.
+    dense["lm_head.weight"] *= 0.25
     factored = dict(dense)
     generator = torch.Generator().manual_seed(seed + 1)
     bias: dict[int, torch.Tensor] = {}
@@ -102,7 +104,8 @@ def hand_made(layers: dict[int, LayerSpec], *, exact: bool, seed: int = 0) -> Ha
         factored |= factors
         bare = {name.removeprefix(prefix): tensor for name, tensor in factors.items()}
         for expert in range(shape.num_experts):
-            for name, weight in zip("w1 w3 w2".split(), fold(spec, shape, bare, expert)):
+            weights = fold(spec, shape, bare, expert)
+            for name, weight in zip(("w1", "w3", "w2"), weights, strict=True):
                 dense[f"{prefix}{expert}.{name}.weight"] = weight
         if "moesvd.bias_down" in bare:
             bias[layer] = bare["moesvd.bias_down"]
