@@ -66,6 +66,7 @@ class Measured:
 def main() -> int:
     turn_signals_into_exceptions()
     start = time.monotonic()
+    OUTPUT.parent.mkdir(exist_ok=True)
     try:
         compress()
         dense, compressed = measure("dense", SOURCE), measure("compressed", OUTPUT)
@@ -109,7 +110,7 @@ def perplexity(name: str, model: Path) -> float:
     kept = Path(f"demo-output/perplexity-{name}.json")
     files = [*model.iterdir(), HELD_OUT, *Path("compress_tool").rglob("*.py")]
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(filter(Path.is_file, files)):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     if kept.exists():
         values = json.loads(kept.read_text())
