@@ -2,7 +2,8 @@
 
 One decoder layer is in memory at a time and all sequences pass through it. After each layer the
 hidden states go to disk before the layer counts as done, so a killed run goes on at the first
-unfinished layer and writes the same bytes.
+unfinished layer and writes the same bytes (with the same batch size and number of threads; other
+ones change the last bits).
 
 Memory: the hidden states (N * S * D numbers), and what `streaming` says. Disk: `calibration_bytes`.
 """
