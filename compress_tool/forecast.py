@@ -10,7 +10,7 @@ import torch
 
 from compress_tool.checkpoint import Checkpoint, open_checkpoint
 from compress_tool.config import Recipe
-from compress_tool.pipeline import first_plan
+from compress_tool.planning import first_plan
 from compress_tool.promised import promised_checkpoint
 from compress_tool.sizing import (
     chosen_layers,

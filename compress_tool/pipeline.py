@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +22,17 @@ from compress_tool.checkpoint import Checkpoint, open_checkpoint, scan_finite
 from compress_tool.config import Recipe
 from compress_tool.corpus import TokenWindows, default_calibration_text, token_windows
 from compress_tool.durable import digest_file, write_file
-from compress_tool.errors import InputError, ResourceError, VerificationError
-from compress_tool.factorize.sensitivity import layer_sensitivity
+from compress_tool.errors import InputError, NumericsError, ResourceError, VerificationError
 from compress_tool.folder import read_json_object
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.manifest import read_manifest, source_identity
 from compress_tool.model_card import model_card
 from compress_tool.packing import pack_layer
+from compress_tool.planning import final_plan, first_plan
 from compress_tool.report import write_report
 from compress_tool.sizing import (
     SizePlan,
     chosen_layers,
-    max_ranks,
-    method_rule,
-    plan_sizes,
     planned_disk_bytes,
     store_dtype,
 )
@@ -45,7 +41,6 @@ from compress_tool.verify import verify
 from compress_tool.writer import OutputFolder, factored_config
 from vllm_moesvd.format import CheckpointSpec
 
-SENSITIVITY_FILE = "sensitivity.json"
 SCANNED_FILE = "scanned"
 REPORT_FILE = "report.json"
 MAX_STATE_BYTES = 2**20
@@ -94,17 +89,26 @@ def run(
             return _finished(folder.out, windows.warnings)
         _scan_once(checkpoint, folder, progress)
         directory = statistics if statistics is not None else folder.state / "statistics"
-        calibrate(
-            checkpoint,
-            windows.ids_NS,
-            directory,
-            batch_size=recipe.batch_size,
-            progress=progress,
-            resume=resume or statistics is not None,
-            device=device,
-        )
-        plan = _final_plan(checkpoint, recipe, layers, directory, folder.state, progress)
-        entries = _factor_layers(checkpoint, recipe, plan, directory, folder, progress, device)
+        try:
+            calibrate(
+                checkpoint,
+                windows.ids_NS,
+                directory,
+                batch_size=recipe.batch_size,
+                progress=progress,
+                resume=resume or statistics is not None,
+                device=device,
+            )
+            plan = final_plan(checkpoint, recipe, layers, directory, folder.state, progress)
+            entries = _factor_layers(checkpoint, recipe, plan, directory, folder, progress, device)
+        except NumericsError:
+            # The same numbers would come again: no --resume could complete this run.
+            folder.discard()
+            raise
+        except InputError:
+            if not resume:
+                folder.discard()
+            raise
         report = _report(checkpoint, recipe, plan, entries, windows, files)
         _finish(checkpoint, recipe, plan, folder, report)
     _verify(folder.out, plan, progress)
@@ -115,83 +119,6 @@ def run(
         already_finished=False,
         peak_memory_bytes=_peak_memory_bytes(),
     )
-
-
-def first_plan(checkpoint: Checkpoint, recipe: Recipe, layers: Sequence[int]) -> SizePlan:
-    """The size plan before any statistics: refuses an unreachable ratio at once."""
-    if recipe.method == "moe-svd" and recipe.layers is None and recipe.rank is None:
-        return plan_sizes(checkpoint, recipe, _paper_layers(checkpoint, recipe, layers, None))
-    return plan_sizes(checkpoint, recipe, layers)
-
-
-def _final_plan(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    layers: Sequence[int],
-    directory: Path,
-    state: Path,
-    progress: ProgressCallback,
-) -> SizePlan:
-    """The plan that is carried out; for moe-svd, after routing and sensitivity are known."""
-    if recipe.method != "moe-svd":
-        return plan_sizes(checkpoint, recipe, layers)
-    frequency = {
-        layer: LayerStatistics.load(statistics_file(directory, layer)).counts_E for layer in layers
-    }
-    if recipe.layers is None and recipe.rank is None:
-        sensitivity = _sensitivities(checkpoint, recipe, layers, directory, state, progress)
-        layers = _paper_layers(checkpoint, recipe, layers, sensitivity)
-    return plan_sizes(checkpoint, recipe, layers, frequency)
-
-
-def _paper_layers(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    layers: Sequence[int],
-    sensitivity: Mapping[int, float] | None,
-) -> tuple[int, ...]:
-    """The least sensitive layers: as few as leave each a rank of `layer_rank_share` of full.
-
-    The paper thresholds S_L "based on the compression ratio" and names neither threshold nor
-    rank; its tables decompose few layers at a high rank. All layers if none leave that much.
-    """
-    ascending = sorted(layers, key=lambda layer: (sensitivity or {}).get(layer, 0.0))
-    rule = method_rule(checkpoint, recipe)
-    wanted = int(recipe.layer_rank_share * max(max_ranks(checkpoint, recipe)))
-    dense = checkpoint.routed_params // len(checkpoint.moe_layers)
-    assert recipe.ratio is not None
-    base = checkpoint.routed_params if recipe.ratio_of == "experts" else checkpoint.total_params
-    for count in range(1, len(ascending) + 1):
-        if count * (dense - rule.params((wanted, wanted))) >= recipe.ratio * base:
-            return tuple(sorted(ascending[:count]))
-    return tuple(sorted(ascending))
-
-
-def _sensitivities(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    layers: Sequence[int],
-    directory: Path,
-    state: Path,
-    progress: ProgressCallback,
-) -> dict[int, float]:
-    """S_L of every layer, kept on disk as they are found."""
-    file = state / SENSITIVITY_FILE
-    known: dict[int, float] = {}
-    if file.exists():
-        values = read_json_object(state, SENSITIVITY_FILE, MAX_STATE_BYTES)
-        known = {int(layer): value for layer, value in values.items()}
-    activation = activation_of(checkpoint)
-    for done, layer in enumerate(layers):
-        progress("sensitivity", done, len(layers), f"layer {layer}")
-        if layer not in known:
-            statistics = LayerStatistics.load(statistics_file(directory, layer))
-            known[layer] = layer_sensitivity(
-                layer_problem(checkpoint, recipe, layer, statistics, activation, "cpu")
-            )
-            write_file(file, [json.dumps(known).encode()])
-    progress("sensitivity", len(layers), len(layers), "")
-    return known
 
 
 def _factor_layers(
@@ -329,7 +256,8 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, files: Sequence[Path]) -> dict[
     texts = [digest_file(file).sha256 for file in files]
     identity = json.dumps(source_identity(checkpoint), sort_keys=True)
     return {
-        "recipe": recipe.to_json() | {"calibration": [file.name for file in files]},
+        **recipe.to_json(),
+        "calibration": [file.name for file in files],
         "calibration_sha256": texts,
         "source_sha256": hashlib.sha256(identity.encode()).hexdigest(),
     }
@@ -383,7 +311,11 @@ def _routing_warnings(entries: Mapping[int, Mapping[str, Any]]) -> tuple[str, ..
 
 
 def _peak_memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """High-water mark of this process; `getrusage` would show the parent's, inherited at exec."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def check_device(device: str) -> str:

@@ -1,0 +1,103 @@
+"""Between calibration and the solver: which layers, at which ranks.
+
+`first_plan` uses headers only and refuses what cannot be reached before anything is computed;
+`final_plan` uses the statistics and is carried out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from compress_tool.calibration import ProgressCallback
+from compress_tool.calibration_state import statistics_file
+from compress_tool.checkpoint import Checkpoint
+from compress_tool.config import Recipe
+from compress_tool.durable import write_file
+from compress_tool.factorize.sensitivity import layer_sensitivity
+from compress_tool.folder import read_json_object
+from compress_tool.layer_stats import LayerStatistics
+from compress_tool.sizing import SizePlan, max_ranks, method_rule, plan_sizes
+from compress_tool.solve import activation_of, layer_problem
+
+SENSITIVITY_FILE: Final = "sensitivity.json"
+MAX_STATE_BYTES: Final = 2**20
+
+
+def first_plan(checkpoint: Checkpoint, recipe: Recipe, layers: Sequence[int]) -> SizePlan:
+    """The size plan before any statistics: refuses an unreachable ratio at once."""
+    if recipe.method == "moe-svd" and recipe.layers is None and recipe.rank is None:
+        return plan_sizes(checkpoint, recipe, _paper_layers(checkpoint, recipe, layers, None))
+    return plan_sizes(checkpoint, recipe, layers)
+
+
+def final_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    directory: Path,
+    state: Path,
+    progress: ProgressCallback,
+) -> SizePlan:
+    """The plan that is carried out; for moe-svd, after routing and sensitivity are known."""
+    if recipe.method != "moe-svd":
+        return plan_sizes(checkpoint, recipe, layers)
+    frequency = {
+        layer: LayerStatistics.load(statistics_file(directory, layer)).counts_E for layer in layers
+    }
+    if recipe.layers is None and recipe.rank is None:
+        sensitivity = _sensitivities(checkpoint, recipe, layers, directory, state, progress)
+        layers = _paper_layers(checkpoint, recipe, layers, sensitivity)
+    return plan_sizes(checkpoint, recipe, layers, frequency)
+
+
+def _paper_layers(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    sensitivity: Mapping[int, float] | None,
+) -> tuple[int, ...]:
+    """The least sensitive layers: as few as leave each a rank of `layer_rank_share` of full.
+
+    The paper thresholds S_L "based on the compression ratio" and names neither threshold nor
+    rank; its tables decompose few layers at a high rank. All layers if none leave that much.
+    """
+    ascending = sorted(layers, key=lambda layer: (sensitivity or {}).get(layer, 0.0))
+    rule = method_rule(checkpoint, recipe)
+    wanted = int(recipe.layer_rank_share * max(max_ranks(checkpoint, recipe)))
+    dense = checkpoint.routed_params // len(checkpoint.moe_layers)
+    assert recipe.ratio is not None
+    base = checkpoint.routed_params if recipe.ratio_of == "experts" else checkpoint.total_params
+    for count in range(1, len(ascending) + 1):
+        if count * (dense - rule.params((wanted, wanted))) >= recipe.ratio * base:
+            return tuple(sorted(ascending[:count]))
+    return tuple(sorted(ascending))
+
+
+def _sensitivities(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    directory: Path,
+    state: Path,
+    progress: ProgressCallback,
+) -> dict[int, float]:
+    """S_L of every layer, kept on disk as they are found."""
+    file = state / SENSITIVITY_FILE
+    known: dict[int, float] = {}
+    if file.exists():
+        values = read_json_object(state, SENSITIVITY_FILE, MAX_STATE_BYTES)
+        known = {int(layer): value for layer, value in values.items()}
+    activation = activation_of(checkpoint)
+    for done, layer in enumerate(layers):
+        progress("sensitivity", done, len(layers), f"layer {layer}")
+        if layer not in known:
+            statistics = LayerStatistics.load(statistics_file(directory, layer))
+            known[layer] = layer_sensitivity(
+                layer_problem(checkpoint, recipe, layer, statistics, activation, "cpu")
+            )
+            write_file(file, [json.dumps(known).encode()])
+    progress("sensitivity", len(layers), len(layers), "")
+    return known
