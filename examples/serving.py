@@ -19,6 +19,8 @@ READY_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 """How long the server may take to end by itself before it is killed."""
 LOG_LINES_SHOWN = 30
+LOG_WIDTH_SHOWN = 300
+"""vLLM lists all its architectures in one line of some errors."""
 
 
 class ServerError(RuntimeError):
@@ -127,4 +129,4 @@ def _is_healthy(address: str) -> bool:
 
 def _tail(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"    {line}" for line in lines[-LOG_LINES_SHOWN:])
+    return "\n".join(f"    {line[:LOG_WIDTH_SHOWN]}" for line in lines[-LOG_LINES_SHOWN:])
