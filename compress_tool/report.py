@@ -62,7 +62,9 @@ def write_report(folder: Path) -> Path:
     if (checkpoint.path / REPORT_DATA_FILE).exists():
         report = read_json_object(checkpoint.path, REPORT_DATA_FILE, MAX_REPORT_BYTES)
         _check(report, checkpoint.path / REPORT_DATA_FILE)
-    page = report_html(report, name=folder.resolve().name, parts=size_by_part(checkpoint))
+    # Named after the source: equal runs into different folders give equal bytes.
+    name = f"{report.get('source', checkpoint.family.name)}, compressed"
+    page = report_html(report, name=name, parts=size_by_part(checkpoint))
     file = checkpoint.path / REPORT_FILE
     write_file(file, [page.encode()])
     return file
@@ -102,7 +104,7 @@ def report_html(
     """The page as text: no script, no address of anything outside it."""
     layers = sorted(report.get("layers") or (), key=lambda layer: int(layer["index"]))
     figures = _figures(layers, parts) if find_spec("matplotlib") else []
-    sections = [_facts(report, name, layers, parts), *figures, _size_table(parts)]
+    sections = [_facts(report, layers, parts), *figures, _size_table(parts)]
     if layers:
         sections.append(_layer_table(layers))
     if not figures:
@@ -165,7 +167,6 @@ def _figures(
 
 def _facts(
     report: Mapping[str, Any],
-    name: str,
     layers: Sequence[Mapping[str, Any]],
     parts: Mapping[str, tuple[int, int]],
 ) -> str:
@@ -184,13 +185,12 @@ def _facts(
     cells = "".join(
         f"<div><b>{html.escape(value)}</b>{html.escape(label)}</div>" for value, label in facts
     )
-    command = html.escape(f"vllm serve ./{name}")
-    return f'<h2>At a glance</h2><p><code>{command}</code></p><div class="facts">{cells}</div>'
+    return f'<h2>At a glance</h2><p><code>vllm serve ./this-folder</code></p><div class="facts">{cells}</div>'
 
 
 def _size_table(parts: Mapping[str, tuple[int, int]]) -> str:
     rows = [
-        (part, bytes_text(before), bytes_text(after), percent_text(after / before - 1))
+        (part, bytes_text(before), bytes_text(after), _change(before, after))
         for part, (before, after) in parts.items()
         if before
     ]
@@ -226,6 +226,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
     lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _change(before: int, after: int) -> str:
+    return "unchanged" if before == after else percent_text(after / before - 1)
 
 
 def _number(value: Any) -> str:
