@@ -185,7 +185,8 @@ def _facts(
     cells = "".join(
         f"<div><b>{html.escape(value)}</b>{html.escape(label)}</div>" for value, label in facts
     )
-    return f'<h2>At a glance</h2><p><code>vllm serve ./this-folder</code></p><div class="facts">{cells}</div>'
+    command = "<p><code>vllm serve ./this-folder</code></p>"
+    return f'<h2>At a glance</h2>{command}<div class="facts">{cells}</div>'
 
 
 def _size_table(parts: Mapping[str, tuple[int, int]]) -> str:

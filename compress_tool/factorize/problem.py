@@ -34,7 +34,7 @@ class LayerProblem:
     experts: Callable[[int], ExpertWeights]
     activation: Activation
     store_dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     def input_rows(self, expert: int, *, gated: bool = True) -> torch.Tensor:
         """Tokens routed to an expert, times their gate if `gated`; fp32 [n, D]."""

@@ -17,13 +17,13 @@ regularised by shrinkage towards the pooled Gram, not by this.
 """
 
 
-def gram(rows_nD: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+def gram(rows_nD: torch.Tensor, device: str | None = None) -> torch.Tensor:
     """Σ_n row rowᵀ in fp64 [D, D], on `device` if given; independent of the chunking."""
     size = rows_nD.shape[1]
-    device = rows_nD.device if device is None else device
-    total_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
+    target = rows_nD.device if device is None else torch.device(device)
+    total_DD = torch.zeros(size, size, dtype=torch.float64, device=target)
     for chunk_cD in torch.split(rows_nD, GRAM_CHUNK):
-        wide_cD = chunk_cD.to(device).double()
+        wide_cD = chunk_cD.to(target).double()
         total_DD += wide_cD.T @ wide_cD
     return total_DD
 
