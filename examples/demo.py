@@ -222,7 +222,7 @@ def tokens_per_second(client: OpenAI, name: str) -> float:
 
 
 def print_table(dense: Measured, compressed: Measured) -> None:
-    table = Table(title=f"pocket-mixtral, {RATIO:.0%} of the parameters asked to be removed")
+    table = Table(title=f"{SOURCE.name}, compressed with --ratio {RATIO:.2f}")
     for column in ("", "dense", "compressed", "change"):
         table.add_column(column, justify="left" if not column else "right")
     for label, before, after, digits in (
@@ -239,12 +239,11 @@ def print_table(dense: Measured, compressed: Measured) -> None:
     where = "on the CPU, in eager mode" if is_cpu() else "on the GPU"
     console.print(
         f"tokens/s: {len(TIMED_PROMPTS)} prompts at once, {TIMED_TOKENS} tokens each, one run "
-        f"{where}, same engine settings. This model is tiny (hidden size 128), so its time goes "
-        "into overhead: the number says nothing about the speed of a large model. Its hidden size "
-        "is also what the default method compresses, and 128 has little to spare: perplexity "
-        "suffers more here than on a model of ordinary width.",
+        f"{where}, same engine settings. This model is tiny (hidden size 128): its time goes into "
+        "overhead, so the number says nothing about the speed of a large model. Its hidden size "
+        "is also what the default method shrinks, and 128 has little to spare: expect perplexity "
+        "to suffer more here than on a model of ordinary width.",
         style="dim",
-        soft_wrap=False,
     )
 
 
