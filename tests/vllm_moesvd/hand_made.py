@@ -83,9 +83,11 @@ class HandMade:
         return write_checkpoint(path, self.dense_config, self.dense_tensors)
 
 
-def hand_made(layers: dict[int, LayerSpec], *, exact: bool, seed: int = 0) -> HandMade:
+def hand_made(
+    layers: dict[int, LayerSpec], *, exact: bool, seed: int = 0, **config_changes: Any
+) -> HandMade:
     """Six decoder layers; those in `layers` are factored, the others are dense."""
-    dense_config = mixtral_config(num_hidden_layers=6)
+    dense_config = mixtral_config(num_hidden_layers=6, **config_changes)
     shape = MIXTRAL.moe_shape(dense_config)
     dense = mixtral_tensors(dense_config, seed)
     # Logits below one, so that an error of a log probability is an error of fp32 at 1.

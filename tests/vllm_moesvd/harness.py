@@ -65,10 +65,13 @@ def run_moe_block(
         return block(x_TD.clone())
 
 
-def _initialize_distributed(config: VllmConfig) -> None:
-    if model_parallel_is_initialized():
-        return
+def join_processes(config: VllmConfig, *, rank: int, tp_size: int, store: Path) -> None:
+    """Make this process number `rank` of a tensor-parallel group that meets at the file `store`."""
     with set_current_vllm_config(config):
-        store = tempfile.mkdtemp() + "/store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
+        init_distributed_environment(tp_size, rank, f"file://{store}", rank, "gloo")
+        ensure_model_parallel_initialized(tp_size, 1)
+
+
+def _initialize_distributed(config: VllmConfig) -> None:
+    if not model_parallel_is_initialized():
+        join_processes(config, rank=0, tp_size=1, store=Path(tempfile.mkdtemp()) / "store")

@@ -75,6 +75,15 @@ def layer_output(
     )
 
 
+def softmax_routing(
+    made: HandMade, layer: int, x_TD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixtral's routing as its paper has it: softmax, two best, renormalised."""
+    weight_ED = made.tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+    gate_TK, index_TK = (x_TD @ weight_ED.T).softmax(-1).topk(2)
+    return index_TK, gate_TK / gate_TK.sum(-1, keepdim=True)
+
+
 def _cores(
     tensors: dict[str, torch.Tensor], layer: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

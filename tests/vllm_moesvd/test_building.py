@@ -9,19 +9,12 @@ import torch
 
 from tests.vllm_moesvd import harness
 from tests.vllm_moesvd.closeness import are_close, distance
-from tests.vllm_moesvd.hand_made import EXACT_LAYERS, MIXTRAL, ODD_LAYERS, HandMade, hand_made
-from tests.vllm_moesvd.layer_math import layer_output
+from tests.vllm_moesvd.hand_made import EXACT_LAYERS, MIXTRAL, ODD_LAYERS, hand_made
+from tests.vllm_moesvd.layer_math import layer_output, softmax_routing
 from vllm_moesvd import building
 from vllm_moesvd.loading import read_plan
 
 CASES = {"exact": (EXACT_LAYERS, True), "odd": (ODD_LAYERS, False)}
-
-
-def router(made: HandMade, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixtral's routing as its paper has it: softmax, two best, renormalised."""
-    weight_ED = made.tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
-    gate_TK, index_TK = (x_TD @ weight_ED.T).softmax(-1).topk(2)
-    return index_TK, gate_TK / gate_TK.sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -32,7 +25,9 @@ def test_every_layer_equals_the_reference(kind: str, tmp_path: Path) -> None:
     model = harness.load_model(config)
     x_TD = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
     for layer in range(6):
-        expected = layer_output(made, layers.get(layer), layer, x_TD, *router(made, layer, x_TD))
+        expected = layer_output(
+            made, layers.get(layer), layer, x_TD, *softmax_routing(made, layer, x_TD)
+        )
         actual = harness.run_moe_block(model, config, layer, x_TD)
         assert are_close(actual, expected), (layer, distance(actual, expected))
         one = harness.run_moe_block(model, config, layer, x_TD[:1])
@@ -44,7 +39,7 @@ def test_wrong_weights_are_seen(tmp_path: Path) -> None:
     made = hand_made(ODD_LAYERS, exact=False)
     x_TD = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
     right = {
-        layer: layer_output(made, spec, layer, x_TD, *router(made, layer, x_TD))
+        layer: layer_output(made, spec, layer, x_TD, *softmax_routing(made, layer, x_TD))
         for layer, spec in ODD_LAYERS.items()
     }
     for layer in (1, 2):
@@ -69,7 +64,7 @@ def test_bfloat16_checkpoints_load(tmp_path: Path) -> None:
     model = harness.load_model(config)
     x_TD = torch.randn(40, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     for layer in range(6):
-        routing = router(made, layer, x_TD)
+        routing = softmax_routing(made, layer, x_TD)
         expected = layer_output(made, ODD_LAYERS.get(layer), layer, x_TD, *routing)
         actual = harness.run_moe_block(model, config, layer, x_TD)
         # A token whose two best experts are as good as tied may be routed elsewhere in bf16.
