@@ -24,6 +24,7 @@ class LatentSolution:
 
     `predicted_gate_up` and `predicted_down` are shares of routed pre-activation energy and of
     summed output energy. `spectrum_*` are eigenvalues, largest first.
+    `random_floor_*` are the losses that random weights of this layer would have at these ranks.
     """
 
     factors: LatentFactors
@@ -31,6 +32,8 @@ class LatentSolution:
     spectrum_down: torch.Tensor
     predicted_gate_up: float
     predicted_down: float
+    random_floor_gate_up: float
+    random_floor_down: float
 
 
 def solve_latent(
@@ -75,6 +78,9 @@ def solve_latent(
         spectrum_down=spectrum_D,
         predicted_gate_up=gate_up.predicted_loss,
         predicted_down=tail / energy if energy > 0 else 0.0,
+        random_floor_gate_up=gate_up.random_floor,
+        # Random down weights spread the output evenly over all D directions.
+        random_floor_down=1 - rank_down / problem.shape.hidden_size,
     )
 
 

@@ -29,16 +29,18 @@ Weight = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedBasis:
-    """V (`v_RD`, in the storage dtype's values), U per member (`u_MR`), fp32, and the spectrum.
+    """V (`v_RD`, in the storage dtype's values), U per member (`u_MR`), and the spectra.
 
     `spectrum_D` are the eigenvalues of the pooled problem, largest first: the sum behind the rank
-    is the predicted loss. `energy` is Σ Tr[W G Wᵀ], `error` the loss of the returned factors,
-    both under the shrunk Grams the solver used.
+    is the predicted loss. `input_spectrum_D` are those of the pooled Gram C. `energy` is
+    Σ Tr[W G Wᵀ], `error` the loss of the returned factors, both under the shrunk Grams the solver
+    used. Factors are fp32, or fp64 where that is the storage dtype.
     """
 
     v_RD: torch.Tensor
     u_MR: dict[int, torch.Tensor]
     spectrum_D: torch.Tensor
+    input_spectrum_D: torch.Tensor
     energy: float
     error: float
 
@@ -47,13 +49,18 @@ class SharedBasis:
         """Tail share of the pooled spectrum behind the rank."""
         return tail_share(self.spectrum_D, self.v_RD.shape[0])
 
+    @property
+    def random_floor(self) -> float:
+        """What weights drawn at random would lose at this rank: for them E[WᵀW] is a multiple of
+        the identity, and the pooled problem has the spectrum of C itself."""
+        return tail_share(self.input_spectrum_D, self.v_RD.shape[0])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pooled:
-    """Per-token pooled Gram C, and each member's row count and weight."""
+    """Per-token pooled Gram C, and each member's weight: the trace of its Gram in units of C."""
 
     c_DD: torch.Tensor
-    count: dict[int, int]
     weight: dict[int, float]
 
 
@@ -71,7 +78,7 @@ def solve_shared_basis(
     fp32 [m, D]. Members without rows take the pooled statistics. Grams are held one at a time.
     """
     pooled = _pool(members, rows)
-    root_DD, inverse_root_DD = square_roots(pooled.c_DD)
+    root_DD, inverse_root_DD, input_spectrum_D = square_roots(pooled.c_DD)
     energy_DD = torch.zeros_like(pooled.c_DD)
     for member in members:
         w_mD = weight(member).double()
@@ -79,15 +86,21 @@ def solve_shared_basis(
     spectrum_D, vectors_DD = symmetric_eigen(root_DD @ energy_DD @ root_DD)
     v_RD = orthonormal_rows(vectors_DD[:, :rank].T @ inverse_root_DD)
     stored_RD = v_RD.to(store_dtype)
+    result_dtype = torch.float64 if store_dtype == torch.float64 else torch.float32
     factors: dict[int, torch.Tensor] = {}
     energy = error = 0.0
     for member in members:
         refit = _refit(weight(member).double(), rows(member), stored_RD.double(), pooled, member)
-        factors[member] = refit.u_mR.float()
+        factors[member] = refit.u_mR.to(result_dtype)
         energy += refit.energy
         error += refit.error
     return SharedBasis(
-        v_RD=stored_RD.float(), u_MR=factors, spectrum_D=spectrum_D, energy=energy, error=error
+        v_RD=stored_RD.to(result_dtype),
+        u_MR=factors,
+        spectrum_D=spectrum_D,
+        input_spectrum_D=input_spectrum_D,
+        energy=energy,
+        error=error,
     )
 
 
@@ -104,13 +117,9 @@ def _pool(members: Sequence[int], rows: Rows) -> _Pooled:
     assert total_DD is not None, "a group has at least one member"
     c_DD = damped(total_DD / max(1, sum(count.values())))
     c_trace = c_DD.diagonal().sum().item()
-    # The trace of the shrunk Gram in units of C: gate weights and token norms included.
-    weight = {
-        member: (1 - _shrinkage(count[member], c_DD)) * trace[member] / c_trace
-        + _shrinkage(count[member], c_DD) * max(1, count[member])
-        for member in members
-    }
-    return _Pooled(c_DD=c_DD, count=count, weight=weight)
+    # A member that saw nothing weighs as much as one token.
+    weight = {member: trace[member] / c_trace if trace[member] > 0 else 1.0 for member in members}
+    return _Pooled(c_DD=c_DD, weight=weight)
 
 
 def _shrinkage(num_rows: int, c_DD: torch.Tensor) -> float:
@@ -129,9 +138,12 @@ class _Refit:
 def _refit(
     w_mD: torch.Tensor, rows_nD: torch.Tensor, v_RD: torch.Tensor, pooled: _Pooled, member: int
 ) -> _Refit:
-    """U = W G Vᵀ (V G Vᵀ)⁻¹ for G = (1−α) G_i + α n_i C, without forming G_i."""
+    """U = W G Vᵀ (V G Vᵀ)⁻¹ for G = (1−α) G_i + α w_i C, without forming G_i.
+
+    w_i C has the trace of G_i: the prior changes the shape of a Gram, not its weight in the sum.
+    """
     alpha = _shrinkage(rows_nD.shape[0], pooled.c_DD)
-    prior_DD = alpha * max(1, rows_nD.shape[0]) * pooled.c_DD
+    prior_DD = alpha * pooled.weight[member] * pooled.c_DD
     cross_DR = prior_DD @ v_RD.T
     energy = (w_mD @ prior_DD * w_mD).sum().item()
     for chunk_cD in torch.split(rows_nD, GRAM_CHUNK):

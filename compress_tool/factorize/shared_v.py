@@ -20,7 +20,8 @@ from vllm_moesvd.format import PROJECTIONS, Projection
 class SharedSolution:
     """Factors, and per projection the tail share of the pooled spectra behind the rank.
 
-    The spectra are those of the first group, for the report.
+    The spectra are those of the first group, for the report. `random_floor_*` are the losses that
+    random weights of this layer would have at these ranks.
     """
 
     factors: SharedFactors
@@ -28,6 +29,8 @@ class SharedSolution:
     spectrum_down: torch.Tensor
     predicted_gate_up: float
     predicted_down: float
+    random_floor_gate_up: float | None = None
+    random_floor_down: float | None = None
 
 
 def contiguous_groups(num_experts: int, num_groups: int) -> tuple[int, ...]:
@@ -79,6 +82,8 @@ def solve_shared_v(
         spectrum_down=solved["down"][0].spectrum_D,
         predicted_gate_up=_predicted(solved["gate"] + solved["up"]),
         predicted_down=_predicted(solved["down"]),
+        random_floor_gate_up=_mean([b.random_floor for b in solved["gate"] + solved["up"]]),
+        random_floor_down=_mean([basis.random_floor for basis in solved["down"]]),
     )
 
 
@@ -103,3 +108,7 @@ def _predicted(bases: list[SharedBasis]) -> float:
     energy = sum(basis.spectrum_D.clamp(min=0).sum().item() for basis in bases)
     tail = sum(basis.predicted_loss * basis.spectrum_D.clamp(min=0).sum().item() for basis in bases)
     return tail / energy if energy > 0 else 0.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

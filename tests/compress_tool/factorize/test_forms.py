@@ -208,6 +208,17 @@ def test_printed_moe_svd_without_trimming_and_own_whitening_is_exact_for_the_top
     assert factors.spec.num_groups == 6
 
 
+def test_the_printed_sharing_depends_on_signs_that_the_weights_do_not_fix():
+    """Defect 4: flipping (u, v) pairs leaves U Σ Vᵀ alone and changes U_i Σ_i V_s."""
+    problem = make_problem()
+    u, sigma, v = torch.linalg.svd(problem.experts(1)[0], full_matrices=False)
+    shared = torch.linalg.svd(problem.experts(0)[0], full_matrices=False)[2]
+    sign = torch.where(torch.arange(len(sigma)) % 2 == 0, 1.0, -1.0)
+    own, flipped = (u * sigma) @ v, (u * sign * sigma) @ (sign[:, None] * v)
+    torch.testing.assert_close(own, flipped)
+    assert ((u * sigma) @ shared - (u * sign * sigma) @ shared).norm() > 0.5 * own.norm()
+
+
 def test_the_refit_beats_the_printed_method_everywhere():
     problem = make_problem()
     y = dense_output(problem)
