@@ -156,6 +156,9 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         "be exported to dense",
     )
     recipe.add_argument(
+        "--alpha", type=float, metavar="A", help="asvd: exponent of mean |x|; 0 is plain SVD (0.5)"
+    )
+    recipe.add_argument(
         "--calibration",
         nargs="+",
         metavar="FILE",

@@ -16,7 +16,7 @@ import yaml
 
 from compress_tool.errors import InputError, UsageError
 
-METHODS: Final = ("auto", "latent", "shared-v", "svd", "moe-svd")
+METHODS: Final = ("auto", "latent", "shared-v", "svd", "moe-svd", "asvd", "svd-llm")
 RATIO_BASES: Final = ("all", "experts")
 STORE_DTYPES: Final = ("source", "float32", "bfloat16", "float16")
 COMBINES: Final = ("eq8", "alg3", "mean", "frequency")
@@ -31,7 +31,7 @@ class Recipe:
     `ratio` is the share of parameters to remove, of the whole model or (`ratio_of: experts`) of
     the routed experts. With `rank`, all chosen layers take that rank and no ratio is kept.
     `layers` limits which layers are factored. `k`, `combine`, `whitening` and `layer_rank_share`
-    belong to moe-svd, `groups` to moe-svd and shared-v, `centre` to latent.
+    belong to moe-svd, `groups` to moe-svd and shared-v, `centre` to latent, `alpha` to asvd.
     """
 
     method: str = "auto"
@@ -45,6 +45,7 @@ class Recipe:
     whitening: str = "top"
     layer_rank_share: float = 0.5
     centre: bool = False
+    alpha: float = 0.5
     calibration: tuple[str, ...] = ()
     samples: int = 128
     seq_len: int = 512
@@ -76,6 +77,8 @@ class Recipe:
             raise UsageError(
                 f"--layer-rank-share is {self.layer_rank_share:g}, expected a share up to 1"
             )
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"--alpha is {self.alpha:g}, expected a number from 0 to 1")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}, expected 0 or more")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
@@ -92,6 +95,7 @@ class Recipe:
             "layer_rank_share": ("moe-svd",),
             "groups": ("moe-svd", "shared-v"),
             "centre": ("auto", "latent"),
+            "alpha": ("asvd",),
         }
         for name, methods in owners.items():
             if getattr(self, name) != defaults[name] and self.method not in methods:

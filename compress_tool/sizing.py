@@ -20,6 +20,9 @@ from compress_tool.factorize.shared_v import contiguous_groups
 from compress_tool.plan import Budget, MakeSpec, SizeRule, plan_ranks, size_rule, spec_params
 from vllm_moesvd.format import FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 
+PER_EXPERT_METHODS: Final = ("svd", "asvd", "svd-llm")
+"""Methods that give every expert U and V of its own."""
+
 BASE_MEMORY_BYTES: Final = 700 * 2**20
 """Resident size of Python with torch and transformers imported, before any work."""
 
@@ -126,7 +129,7 @@ def method_rule(
             frequency_E = torch.arange(shape.num_experts, 0, -1)
         slots = trimmed_slots(frequency_E.double(), moe_svd_options(recipe))
         make_factored = _factored(slots.expert_slot, slots.slot_group)
-    elif recipe.method == "svd" or recipe.groups == shape.num_experts:
+    elif recipe.method in PER_EXPERT_METHODS or recipe.groups == shape.num_experts:
         make_factored = _factored(experts, experts, is_svd=True)
     else:
         make_factored = _factored(experts, contiguous_groups(shape.num_experts, recipe.groups))

@@ -13,6 +13,7 @@ from compress_tool.config import Recipe
 from compress_tool.errors import NumericsError
 from compress_tool.factorize.latent import LatentSolution, solve_latent
 from compress_tool.factorize.moe_svd import solve_moe_svd
+from compress_tool.factorize.per_expert import solve_per_expert
 from compress_tool.factorize.problem import (
     Activation,
     LayerProblem,
@@ -93,6 +94,10 @@ def solve_layer(
         factors = solution.factors
     elif recipe.method == "moe-svd":
         factors = solve_moe_svd(problem, *ranks, moe_svd_options(recipe))
+    elif recipe.method in ("asvd", "svd-llm"):
+        alpha = recipe.alpha if recipe.method == "asvd" else None
+        solution = solve_per_expert(problem, *ranks, alpha=alpha)
+        factors = solution.factors
     else:
         solution = solve_shared_v(problem, *ranks, num_groups=spec.num_groups)
         factors = solution.factors
@@ -122,6 +127,8 @@ def solve_layer(
         entry["spectrum_down"] = _rounded(solution.spectrum_down)
         entry["predicted_gate_up"] = solution.predicted_gate_up
         entry["predicted_down"] = solution.predicted_down
+        entry["random_floor_gate_up"] = solution.random_floor_gate_up
+        entry["random_floor_down"] = solution.random_floor_down
     return SolvedLayer(factors=factors, predicted_loss=predicted, entry=entry)
 
 

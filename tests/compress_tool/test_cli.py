@@ -28,8 +28,8 @@ FLAGS = {
 }
 RECIPE_FLAGS = {
     "--recipe", "--ratio", "--ratio-of", "--rank", "--method", "--layers", "--groups", "--k",
-    "--combine", "--whitening", "--layer-rank-share", "--centre", "--calibration", "--samples",
-    "--seq-len", "--batch-size", "--seed", "--dtype",
+    "--combine", "--whitening", "--layer-rank-share", "--centre", "--alpha",
+    "--calibration", "--samples", "--seq-len", "--batch-size", "--seed", "--dtype",
 }  # fmt: skip
 FLAGS["plan"] = {"--json"} | RECIPE_FLAGS
 FLAGS["run"] = {"--json", "--resume", "--stats", "--device"} | RECIPE_FLAGS
