@@ -1,0 +1,183 @@
+"""What a layer costs the model: KL of the logits with this layer alone compressed. Measured.
+
+Every MoE layer is compressed alone to a few sizes (`ProbeSpecs`), on the first calibration
+sequences, and the model is run to its end on the last ones. The layers after it are loaded once
+for all sizes, so L layers load L²/2 layers from disk and run 7 L²/2 layers on PROBE_TOKENS tokens.
+The result of each layer is on disk before the next one starts.
+
+Memory: the hidden states of the probed tokens once per size, one decoder layer, one solver.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from compress_tool.calibration import ProgressCallback
+from compress_tool.calibration_state import statistics_file
+from compress_tool.checkpoint import Checkpoint
+from compress_tool.config import Recipe
+from compress_tool.durable import write_file
+from compress_tool.factorize.latent import solve_latent
+from compress_tool.factorize.narrow import solve_narrow
+from compress_tool.factorize.problem import LayerProblem, routed_output
+from compress_tool.factors import LatentFactors, LayerFactors
+from compress_tool.folder import read_json_object
+from compress_tool.layer_stats import LayerStatistics
+from compress_tool.packing import folded_factors
+from compress_tool.solve import activation_of, layer_problem
+from compress_tool.streaming import StreamedModel
+from vllm_moesvd.format import MoEShape
+
+PROBE_FILE: Final = "probes.json"
+MAX_STATE_BYTES: Final = 2**24
+
+PROBE_TOKENS: Final = 8192
+"""Tokens on which the KL is measured. Candidates of a layer share them, so that noise cancels."""
+
+FIT_TOKENS: Final = 32768
+"""Tokens a probed layer is solved on, at most: the curve needs no more."""
+
+WIDTH_SHARES: Final = (0.75, 0.5, 0.25, 0.125)
+RANK_SHARES: Final = (0.75, 0.5)
+
+LayerProbes = Mapping[str, float]
+"""KL in nats per token; keys are `narrow-<width>` and `latent-<rank>` (at full width)."""
+
+
+def probe_widths(shape: MoEShape) -> tuple[int, ...]:
+    """Widths probed in the narrow form, widest first, without repetition."""
+    return tuple(dict.fromkeys(max(1, int(share * shape.expert_width)) for share in WIDTH_SHARES))
+
+
+def probe_ranks(shape: MoEShape) -> tuple[int, ...]:
+    """Ranks probed in the latent form at full width, largest first, without repetition."""
+    return tuple(dict.fromkeys(max(1, int(share * shape.hidden_size)) for share in RANK_SHARES))
+
+
+def probe_layers(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    ids_NS: torch.Tensor,
+    directory: Path,
+    state: Path,
+    progress: ProgressCallback,
+    device: str,
+) -> dict[int, LayerProbes]:
+    """Measure every layer of `layers`; `directory` holds the statistics of the same `ids_NS`.
+
+    Results are kept in `state` as they are found; another process goes on with the next layer.
+    """
+    file = state / PROBE_FILE
+    known: dict[int, LayerProbes] = {}
+    if file.exists():
+        found = read_json_object(state, PROBE_FILE, MAX_STATE_BYTES)
+        known = {int(layer): values for layer, values in found.items()}
+    missing = [layer for layer in layers if layer not in known]
+    progress("probe", len(known), len(layers), "")
+    if not missing:
+        return known
+    num_sequences, seq_len = ids_NS.shape
+    # A single sequence is fitted and probed: better than nothing to go by.
+    num_probed = max(1, min(num_sequences // 4, PROBE_TOKENS // seq_len))
+    probed_NS = ids_NS[num_sequences - num_probed :]
+    fit_tokens = min(max(1, num_sequences - num_probed) * seq_len, FIT_TOKENS)
+    activation = activation_of(checkpoint)
+    model = StreamedModel(checkpoint, device=device)
+    entering_NSD = model.embed_all(probed_NS, recipe.batch_size)
+    dense_NSD = entering_NSD.clone()
+    for layer in range(checkpoint.num_layers):
+        model.run_layer(layer, dense_NSD, recipe.batch_size)
+    for layer in range(max(missing) + 1):
+        if layer not in missing:
+            model.run_layer(layer, entering_NSD, recipe.batch_size)
+            continue
+        statistics = _first(LayerStatistics.load(statistics_file(directory, layer)), fit_tokens)
+        problem = layer_problem(checkpoint, recipe, layer, statistics, activation, device)
+        routed = observed_layer(model, layer, entering_NSD, recipe.batch_size, checkpoint.shape)
+        names, states = [], []
+        here = replace(problem, statistics=routed)
+        y_TD = routed_output(routed, problem.experts, activation)
+        for name, factors in _probes(problem):
+            change_TD = stored_output(here, factors) - y_TD
+            names.append(name)
+            states.append(entering_NSD + change_TD.view_as(entering_NSD))
+        for after in range(layer + 1, checkpoint.num_layers):
+            for hidden_NSD in states:
+                model.run_layer(after, hidden_NSD, recipe.batch_size)
+        losses = [_kl(model, dense_NSD, hidden_NSD) for hidden_NSD in states]
+        known[layer] = dict(zip(names, losses, strict=True))
+        write_file(file, [json.dumps(known).encode()])
+        progress("probe", len(known), len(layers), f"layer {layer}")
+    return known
+
+
+def observed_layer(
+    model: StreamedModel, layer: int, hidden_NSD: torch.Tensor, batch_size: int, shape: MoEShape
+) -> LayerStatistics:
+    """Run a layer over all sequences, in place; returns what its experts saw."""
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def observe(x_TD: torch.Tensor, index_TK: torch.Tensor, gate_TK: torch.Tensor) -> None:
+        parts.append((x_TD.cpu().float(), index_TK.cpu().long(), gate_TK.cpu().float()))
+
+    model.run_layer(layer, hidden_NSD, batch_size, observe)
+    x_TD, index_TK, gate_TK = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return LayerStatistics(
+        x_TD=x_TD, index_TK=index_TK, gate_TK=gate_TK, num_experts=shape.num_experts
+    )
+
+
+def stored_output(problem: LayerProblem, factors: LayerFactors) -> torch.Tensor:
+    """The routed output [T, D] of factors as they will be stored, bias included."""
+    dtype = problem.store_dtype
+
+    def stored(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return folded_factors(factors, expert, dtype)
+
+    y_TD = routed_output(problem.statistics, stored, problem.activation)
+    if isinstance(factors, LatentFactors) and factors.bias_D is not None:
+        y_TD += factors.bias_D.to(dtype).float().cpu()
+    return y_TD
+
+
+def _probes(problem: LayerProblem) -> list[tuple[str, LayerFactors]]:
+    """The layer compressed alone to each probed size, by the closed forms."""
+    widths = probe_widths(problem.shape)
+    probes: list[tuple[str, LayerFactors]] = [
+        (f"narrow-{width}", solution.factors)
+        for width, solution in zip(widths, solve_narrow(problem, widths), strict=True)
+    ]
+    y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
+    for rank in probe_ranks(problem.shape):
+        probes.append((f"latent-{rank}", solve_latent(problem, y_TD, rank, rank).factors))
+    return probes
+
+
+def _first(statistics: LayerStatistics, num_tokens: int) -> LayerStatistics:
+    rows = slice(0, num_tokens)
+    return LayerStatistics(
+        x_TD=statistics.x_TD[rows],
+        index_TK=statistics.index_TK[rows],
+        gate_TK=statistics.gate_TK[rows],
+        num_experts=statistics.num_experts,
+    )
+
+
+def _kl(model: StreamedModel, dense_NSD: torch.Tensor, hidden_NSD: torch.Tensor) -> float:
+    """Mean KL(dense || compressed) per token, nats, one sequence at a time."""
+    total = 0.0
+    for sequence in range(len(dense_NSD)):
+        rows = slice(sequence, sequence + 1)
+        log_p = model.logits(dense_NSD[rows])[0].double().log_softmax(dim=-1)
+        log_q = model.logits(hidden_NSD[rows])[0].double().log_softmax(dim=-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return max(0.0, total / dense_NSD.shape[:2].numel())
+
+
