@@ -18,13 +18,25 @@ from typing import Any, Final
 
 from compress_tool.arguments import build_parser
 from compress_tool.config import Recipe, parse_layers, read_recipe, recipe_from
-from compress_tool.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, ToolError
+from compress_tool.errors import (
+    INTERRUPTED_EXIT_CODE,
+    TERMINATED_EXIT_CODE,
+    ResourceError,
+    TemporaryError,
+    ToolError,
+)
 from compress_tool.progress import Progress
 
 Result = dict[str, Any]
 
 NOT_RECIPE_KEYS: Final = frozenset(
     {"command", "json", "recipe", "source", "out", "resume", "stats", "device"}
+)
+
+
+OUT_OF_MEMORY: Final = (
+    "out of memory; `compress_tool plan` forecasts the need, and a smaller --batch-size, "
+    "--samples or --seq-len lowers it"
 )
 
 
@@ -46,8 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _Terminated:
         return _fail(_interrupted(options), TERMINATED_EXIT_CODE)
     except MemoryError:
-        return _fail("out of memory; `compress_tool plan` forecasts the need, and smaller "
-                     "--batch-size, --samples or --seq-len lower it", 4)  # fmt: skip
+        return _fail(OUT_OF_MEMORY, ResourceError.exit_code)
+    except RuntimeError as error:
+        # torch reports a failed allocation as a RuntimeError; anything else is a defect of ours.
+        if not isinstance(error, _torch_out_of_memory()) and "not enough memory" not in str(error):
+            raise
+        return _fail(OUT_OF_MEMORY, ResourceError.exit_code)
+    except OSError as error:
+        return _fail(
+            f"{error.filename or 'input or output'}: {error.strerror or error}; run the command "
+            "again when that is mended",
+            TemporaryError.exit_code,
+        )
     sys.stdout.write(json.dumps(result, indent=2) + "\n" if options.json else text)
     sys.stdout.flush()
     return 6 if options.command == "verify" and not result["ok"] else 0
@@ -225,6 +247,12 @@ def _fail(message: str, code: int) -> int:
     # One line, whatever a library put into the message.
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return code
+
+
+def _torch_out_of_memory() -> type[BaseException]:
+    """torch's own error class, where torch has been imported at all."""
+    torch: Any = sys.modules.get("torch")
+    return MemoryError if torch is None else torch.OutOfMemoryError
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from compress_tool.arguments import build_parser
-from compress_tool.cli import main
+from compress_tool.cli import COMMANDS, main
 from tests.checkpoints import mixtral_config, mixtral_tensors, tiny_mixtral, write_checkpoint
 
 SMALL = ["--samples", "12", "--seq-len", "32"]
@@ -28,7 +28,7 @@ FLAGS = {
 }
 RECIPE_FLAGS = {
     "--recipe", "--ratio", "--ratio-of", "--rank", "--method", "--layers", "--groups", "--k",
-    "--combine", "--whitening", "--layer-rank-share", "--centre", "--alpha",
+    "--combine", "--whitening", "--layer-rank-share", "--centre", "--alpha", "--nearest",
     "--calibration", "--samples", "--seq-len", "--batch-size", "--seed", "--dtype",
 }  # fmt: skip
 FLAGS["plan"] = {"--json"} | RECIPE_FLAGS
@@ -222,6 +222,22 @@ def test_a_full_disk_ends_with_4_and_resumes_after_room_is_made(capsys, source: 
         assert main(["verify", str(disk / "out")]) == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(24, "Too many open files", "shard"), 75),
+        (MemoryError(), 4),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), 4),
+    ],
+)
+def test_failures_of_the_machine_are_one_line(capsys, monkeypatch, source: Path, error, code):
+    def fail(options, progress):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "inspect", fail)
+    _refused(capsys, ["inspect", source], code)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
