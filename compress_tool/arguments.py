@@ -159,6 +159,11 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         "--alpha", type=float, metavar="A", help="asvd: exponent of mean |x|; 0 is plain SVD (0.5)"
     )
     recipe.add_argument(
+        "--nearest",
+        action="store_true",
+        help="drop: if whole experts cannot meet the ratio, remove up to one expert more",
+    )
+    recipe.add_argument(
         "--calibration",
         nargs="+",
         metavar="FILE",

@@ -16,7 +16,7 @@ import yaml
 
 from compress_tool.errors import InputError, UsageError
 
-METHODS: Final = ("auto", "latent", "shared-v", "svd", "moe-svd", "asvd", "svd-llm")
+METHODS: Final = ("auto", "latent", "shared-v", "svd", "moe-svd", "asvd", "svd-llm", "drop")
 RATIO_BASES: Final = ("all", "experts")
 STORE_DTYPES: Final = ("source", "float32", "bfloat16", "float16")
 COMBINES: Final = ("eq8", "alg3", "mean", "frequency")
@@ -31,7 +31,8 @@ class Recipe:
     `ratio` is the share of parameters to remove, of the whole model or (`ratio_of: experts`) of
     the routed experts. With `rank`, all chosen layers take that rank and no ratio is kept.
     `layers` limits which layers are factored. `k`, `combine`, `whitening` and `layer_rank_share`
-    belong to moe-svd, `groups` to moe-svd and shared-v, `centre` to latent, `alpha` to asvd.
+    belong to moe-svd, `groups` to moe-svd and shared-v, `centre` to latent, `alpha` to asvd,
+    `nearest` to drop.
     """
 
     method: str = "auto"
@@ -46,6 +47,7 @@ class Recipe:
     layer_rank_share: float = 0.5
     centre: bool = False
     alpha: float = 0.5
+    nearest: bool = False
     calibration: tuple[str, ...] = ()
     samples: int = 128
     seq_len: int = 512
@@ -96,6 +98,7 @@ class Recipe:
             "groups": ("moe-svd", "shared-v"),
             "centre": ("auto", "latent"),
             "alpha": ("asvd",),
+            "nearest": ("drop",),
         }
         for name, methods in owners.items():
             if getattr(self, name) != defaults[name] and self.method not in methods:

@@ -31,7 +31,7 @@ def model_card(
         _front_matter(source_name, source_readme),
         f"# {name}\n",
         _what_it_is(report, source_name),
-        _how_to_serve(),
+        _how_to_serve(is_plain=bool(report.get("plain"))),
         _sizes(report),
         _calibration(report),
         _layers(report.get("layers") or ()),
@@ -83,7 +83,13 @@ def _what_it_is(report: Mapping[str, Any], source_name: str) -> str:
     )
 
 
-def _how_to_serve() -> str:
+def _how_to_serve(*, is_plain: bool) -> str:
+    if is_plain:
+        return (
+            "## Serve it\n\nAn ordinary checkpoint of its architecture with fewer or narrower "
+            "experts: vLLM, transformers and other engines load it without a plugin.\n\n"
+            "    vllm serve ./this-folder\n"
+        )
     return (
         "## Serve it\n\n"
         f"With vLLM {VLLM_VERSIONS} and the vllm-moesvd plugin in the same environment:\n\n"

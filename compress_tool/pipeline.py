@@ -21,6 +21,7 @@ from compress_tool.calibration_state import statistics_file
 from compress_tool.checkpoint import Checkpoint, open_checkpoint, scan_finite
 from compress_tool.config import Recipe
 from compress_tool.corpus import TokenWindows, default_calibration_text, token_windows
+from compress_tool.dropping import drop_layer
 from compress_tool.durable import digest_file, write_file
 from compress_tool.errors import InputError, NumericsError, ResourceError, VerificationError
 from compress_tool.folder import read_json_object
@@ -28,6 +29,7 @@ from compress_tool.layer_stats import LayerStatistics
 from compress_tool.manifest import read_manifest, source_identity
 from compress_tool.model_card import model_card
 from compress_tool.packing import pack_layer
+from compress_tool.plain import DropSpec, output_config, plain_changes
 from compress_tool.planning import final_plan, first_plan
 from compress_tool.report import write_report
 from compress_tool.sizing import (
@@ -38,8 +40,7 @@ from compress_tool.sizing import (
 )
 from compress_tool.solve import activation_of, layer_problem, solve_layer
 from compress_tool.verify import verify
-from compress_tool.writer import OutputFolder, factored_config
-from vllm_moesvd.format import CheckpointSpec
+from compress_tool.writer import OutputFolder
 
 SCANNED_FILE = "scanned"
 REPORT_FILE = "report.json"
@@ -146,6 +147,10 @@ def _factor_layers(
                 )
             else:
                 problem = layer_problem(checkpoint, recipe, layer, statistics, activation, device)
+                if isinstance(spec, DropSpec):
+                    folder.save_parts(layer, *drop_layer(checkpoint, layer, spec, problem))
+                    entries[layer] = folder.layer_entry(layer)
+                    continue
                 solved = solve_layer(checkpoint, recipe, layer, spec, problem)
                 assert solved.factors.spec == spec, "the plan's sizes are a promise"
                 dtype = store_dtype(checkpoint, recipe, layer)
@@ -166,7 +171,6 @@ def _finish(
     folder: OutputFolder,
     report: Mapping[str, Any],
 ) -> None:
-    spec = CheckpointSpec(layers=plan.specs)
     readme = checkpoint.path / "README.md"
     card = model_card(
         report,
@@ -175,7 +179,7 @@ def _finish(
     )
     folder.finish(
         source=checkpoint,
-        config=factored_config(checkpoint, spec),
+        config=output_config(checkpoint, plan.specs),
         source_record=source_identity(checkpoint),
         texts={
             "recipe.yaml": recipe.to_yaml().encode(),
@@ -222,6 +226,7 @@ def _report(
         "method": recipe.method,
         "asked_ratio": recipe.ratio,
         "ratio_of": recipe.ratio_of,
+        "plain": plain_changes(checkpoint, plan.specs) is not None,
         "num_experts": checkpoint.shape.num_experts,
         "top_k": checkpoint.shape.top_k,
         "routed_params_before": checkpoint.routed_params,
@@ -300,7 +305,7 @@ def _routing_warnings(entries: Mapping[int, Mapping[str, Any]]) -> tuple[str, ..
     lines = []
     for layer, entry in sorted(entries.items()):
         missed = [expert for expert, count in enumerate(entry.get("counts") or []) if count == 0]
-        if missed and entry["form"] != "dense":
+        if missed and entry["form"] not in ("dense", "drop"):
             shown = ", ".join(map(str, missed[:8])) + (", …" if len(missed) > 8 else "")
             lines.append(
                 f"layer {layer}: calibration never routed a token to expert {shown}; "

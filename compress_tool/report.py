@@ -64,7 +64,13 @@ def write_report(folder: Path) -> Path:
         _check(report, checkpoint.path / REPORT_DATA_FILE)
     # Named after the source: equal runs into different folders give equal bytes.
     name = f"{report.get('source', checkpoint.family.name)}, compressed"
-    page = report_html(report, name=name, parts=size_by_part(checkpoint))
+    parts = size_by_part(checkpoint)
+    if "bytes_before" in report:
+        # The config of a plain output no longer says how large the experts once were.
+        before, after = parts["routed experts"]
+        missing = report["bytes_before"] - sum(size for size, _ in parts.values())
+        parts["routed experts"] = (before + missing, after)
+    page = report_html(report, name=name, parts=parts)
     file = checkpoint.path / REPORT_FILE
     write_file(file, [page.encode()])
     return file

@@ -32,6 +32,7 @@ FORM_COLOURS: Final = {
     "shared-v": "#468b6b",
     "svd": "#e09f3e",
     "narrow": "#8d6a9f",
+    "drop": "#b5534c",
     "dense": "#c3cbd3",
 }
 DPI: Final = 160

@@ -14,9 +14,11 @@ import torch
 from compress_tool.calibration_state import calibration_bytes
 from compress_tool.checkpoint import TORCH_DTYPES, Checkpoint
 from compress_tool.config import Recipe
+from compress_tool.dropping import plan_drop
 from compress_tool.errors import UsageError
 from compress_tool.factorize.moe_svd import MoESVDOptions, trimmed_slots
 from compress_tool.factorize.shared_v import contiguous_groups
+from compress_tool.plain import DropSpec, PlannedSpec
 from compress_tool.plan import Budget, MakeSpec, SizeRule, plan_ranks, size_rule, spec_params
 from vllm_moesvd.format import FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 
@@ -34,7 +36,7 @@ class SizePlan:
     `ratio` is the achieved share of what the recipe's `ratio_of` names; bytes are tensor bytes.
     """
 
-    specs: Mapping[int, LayerSpec]
+    specs: Mapping[int, PlannedSpec]
     total_params_before: int
     total_params_after: int
     ratio: float
@@ -57,8 +59,10 @@ class SizePlan:
         }
 
 
-def layer_json(layer: int, spec: LayerSpec) -> dict[str, Any]:
+def layer_json(layer: int, spec: PlannedSpec) -> dict[str, Any]:
     """Index, form and ranks of one layer; `rank` is the larger of the two, the one it serves at."""
+    if isinstance(spec, DropSpec):
+        return {"index": layer, "form": spec.form, "rank": None, "num_experts": spec.num_experts}
     if isinstance(spec, NarrowSpec):
         return {"index": layer, "form": spec.form, "rank": None, "width": spec.width}
     return {
@@ -143,6 +147,8 @@ def plan_sizes(
     frequency: Mapping[int, torch.Tensor] | None = None,
 ) -> SizePlan:
     """Choose the ranks of `layers`; raises ResourceError if the asked ratio cannot be kept."""
+    if recipe.method == "drop":
+        return size_plan(checkpoint, recipe, plan_drop(checkpoint, recipe, layers))
     rules = {
         layer: method_rule(checkpoint, recipe, None if frequency is None else frequency[layer])
         for layer in layers
@@ -173,12 +179,19 @@ def budget(checkpoint: Checkpoint, recipe: Recipe) -> Budget:
     )
 
 
-def size_plan(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[int, LayerSpec]) -> SizePlan:
+def size_plan(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[int, PlannedSpec]) -> SizePlan:
     """Count parameters and bytes, exactly, for given specs."""
     params_before, bytes_before = checkpoint.total_params, checkpoint.total_bytes
     params_after, bytes_after = params_before, bytes_before
     for layer, spec in specs.items():
         infos = [checkpoint.tensors[name] for name in checkpoint.expert_tensors(layer)]
+        if isinstance(spec, DropSpec):
+            infos.append(checkpoint.tensors[checkpoint.router_tensor(layer)])
+            # Each expert and its row of the router are one part in num_experts of these tensors.
+            share = checkpoint.shape.num_experts - spec.num_experts, checkpoint.shape.num_experts
+            params_after -= sum(info.num_params for info in infos) * share[0] // share[1]
+            bytes_after -= sum(info.num_bytes for info in infos) * share[0] // share[1]
+            continue
         added = spec_params(spec, checkpoint.shape, checkpoint.family)
         params_after += added - sum(info.num_params for info in infos)
         bytes_after += added * store_dtype(checkpoint, recipe, layer).itemsize

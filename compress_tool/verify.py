@@ -26,6 +26,7 @@ from compress_tool.folder import (
 from compress_tool.headers import TensorInfo, show
 from compress_tool.manifest import MANIFEST_FILE, read_manifest, source_identity
 from compress_tool.packing import folded_expert
+from compress_tool.plain_check import changed_keys, changed_tensors, drop_problems, plain_layers
 from compress_tool.shards import copied_parts
 from compress_tool.weight_error import layer_weight_error
 from compress_tool.writer import carried_files
@@ -89,17 +90,23 @@ def verify(
     if checkpoint is None:
         return VerifyResult(checked_tensors=0, problems=tuple(problems), layers=())
     recorded = _recorded_errors(manifest, checkpoint)
+    plain = plain_layers(manifest, checkpoint)
     problems += _index_problems(checkpoint)
     if manifest is not None:
         problems += _layer_list_problems(manifest, checkpoint)
     problems += _finite_problems(checkpoint, say)
     computed: dict[int, Mapping[str, float] | None] = {}
     if against is not None:
-        unlike = list(_config_problems(checkpoint, against))
+        unlike = list(_config_problems(checkpoint, against, changed_keys(checkpoint, plain)))
         problems += unlike
         if not unlike:
             problems += _source_problems(checkpoint, against, manifest)
-            problems += _copy_problems(checkpoint, against, say)
+            replaced = changed_tensors(against, plain)
+            problems += _copy_problems(checkpoint, against, replaced, say)
+            for layer, entry in plain.items():
+                if entry["form"] == "drop":
+                    say(f"kept experts of layer {layer}")
+                    problems += drop_problems(checkpoint, against, layer, entry)
             for layer in {} if checkpoint.spec is None else checkpoint.spec.layers:
                 say(f"weight error of layer {layer}")
                 computed[layer] = _weight_error(checkpoint, against, layer)
@@ -110,13 +117,20 @@ def verify(
         layers=tuple(
             LayerCheck(
                 index=layer,
-                form="dense" if (spec := checkpoint.layer_spec(layer)) is None else spec.form,
+                form=_form(checkpoint, layer, plain),
                 weight_error=computed.get(layer),
                 recorded_weight_error=recorded.get(layer),
             )
             for layer in range(checkpoint.num_layers)
         ),
     )
+
+
+def _form(checkpoint: Checkpoint, layer: int, plain: Mapping[int, Mapping[str, Any]]) -> str:
+    spec = checkpoint.layer_spec(layer)
+    if spec is not None:
+        return spec.form
+    return str(plain[layer]["form"]) if layer in plain else "dense"
 
 
 def _attempt(problems: list[str], step: Callable[[], _T]) -> _T | None:
@@ -179,9 +193,11 @@ def _finite_problems(checkpoint: Checkpoint, say: Callable[[str], None]) -> Iter
             yield str(error)
 
 
-def _config_problems(checkpoint: Checkpoint, against: Checkpoint) -> Iterator[str]:
+def _config_problems(
+    checkpoint: Checkpoint, against: Checkpoint, changed: set[str]
+) -> Iterator[str]:
     ours, theirs = dict(checkpoint.config), dict(against.config)
-    for key in ("architectures", CONFIG_KEY):
+    for key in changed or {"architectures", CONFIG_KEY}:
         ours.pop(key, None)
         theirs.pop(key, None)
     for key in sorted(set(ours) | set(theirs)):
@@ -209,11 +225,11 @@ def _source_problems(
 
 
 def _copy_problems(
-    checkpoint: Checkpoint, against: Checkpoint, say: Callable[[str], None]
+    checkpoint: Checkpoint, against: Checkpoint, replaced: set[str], say: Callable[[str], None]
 ) -> Iterator[str]:
-    """Compare, byte for byte, every tensor that is not part of a factored layer's experts."""
+    """Compare, byte for byte, every tensor that is not `replaced` or a factored layer's expert."""
     factored = {} if checkpoint.spec is None else checkpoint.spec.layers
-    replaced = {name for layer in factored for name in against.expert_tensors(layer)}
+    replaced = replaced | {name for layer in factored for name in against.expert_tensors(layer)}
     for part in copied_parts(against, sorted(set(against.tensors) - replaced)):
         say(part.name)
         ours, theirs = checkpoint.tensors.get(part.name), part.data
