@@ -40,7 +40,10 @@ class LatentFactors:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedFactors:
-    """W_e = U[slot(e)] V[group(slot(e))] for gate, up and down."""
+    """W_e = U[slot(e)] V[group(slot(e))] for gate, up and down.
+
+    Form `base-delta` adds a base to the first B neurons of every expert; the others have none.
+    """
 
     v_gate_GRD: torch.Tensor
     v_up_GRD: torch.Tensor
@@ -50,7 +53,10 @@ class SharedFactors:
     u_down_SDR: torch.Tensor
     expert_slot: tuple[int, ...]
     slot_group: tuple[int, ...]
-    form: Literal["shared-v", "svd"]
+    form: Literal["shared-v", "svd", "base-delta"]
+    base_gate_BD: torch.Tensor | None = None
+    base_up_BD: torch.Tensor | None = None
+    base_down_DB: torch.Tensor | None = None
 
     @property
     def spec(self) -> FactoredSpec:
@@ -59,6 +65,7 @@ class SharedFactors:
             rank_down=self.v_down_GRF.shape[1],
             expert_slot=self.expert_slot,
             slot_group=self.slot_group,
+            base_width=0 if self.base_gate_BD is None else self.base_gate_BD.shape[0],
             form=self.form,
         )
 

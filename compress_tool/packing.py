@@ -45,6 +45,11 @@ def pack_layer(
             "moesvd.u_up": factors.u_up_SFR,
             "moesvd.u_down": factors.u_down_SDR,
         }
+        if factors.base_gate_BD is not None:
+            assert factors.base_up_BD is not None and factors.base_down_DB is not None
+            parts["moesvd.base_gate"] = factors.base_gate_BD
+            parts["moesvd.base_up"] = factors.base_up_BD
+            parts["moesvd.base_down"] = factors.base_down_DB
     packed = {
         f"{prefix}.{name}": tensor.to(device="cpu", dtype=dtype).contiguous().clone()
         for name, tensor in parts.items()
@@ -82,7 +87,11 @@ def folded_expert(
             u = checkpoint.read_rows(f"{prefix}.moesvd.u_{projection}", slot).float()
             return u @ checkpoint.read_rows(f"{prefix}.moesvd.v_{projection}", group).float()
 
-        return product("gate"), product("up"), product("down")
+        weights = product("gate"), product("up"), product("down")
+        if spec.base_width:
+            base = read("moesvd.base_gate"), read("moesvd.base_up"), read("moesvd.base_down")
+            add_base(weights, base)
+        return weights
     gate = read(f"{expert}.{family.gate_name}.weight")
     up = read(f"{expert}.{family.up_name}.weight")
     down = read(f"{expert}.{family.down_name}.weight")
@@ -110,11 +119,28 @@ def folded_factors(
         return gate_FD, up_FD, q_DR @ stored(factors.down_ERF[expert])
     slot = factors.expert_slot[expert]
     group = factors.slot_group[slot]
-    return (
+    weights = (
         stored(factors.u_gate_SFR[slot]) @ stored(factors.v_gate_GRD[group]),
         stored(factors.u_up_SFR[slot]) @ stored(factors.v_up_GRD[group]),
         stored(factors.u_down_SDR[slot]) @ stored(factors.v_down_GRF[group]),
     )
+    if factors.base_gate_BD is not None:
+        assert factors.base_up_BD is not None and factors.base_down_DB is not None
+        base = factors.base_gate_BD, factors.base_up_BD, factors.base_down_DB
+        add_base(weights, (stored(base[0]), stored(base[1]), stored(base[2])))
+    return weights
+
+
+def add_base(
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    base: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Add gate, up [B, D] and down [D, B] of the base to an expert's first B neurons, in place."""
+    gate_FD, up_FD, down_DF = weights
+    width = base[0].shape[0]
+    gate_FD[:width] += base[0]
+    up_FD[:width] += base[1]
+    down_DF[:, :width] += base[2]
 
 
 def layer_bias(checkpoint: Checkpoint, layer: int) -> torch.Tensor | None:

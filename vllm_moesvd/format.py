@@ -14,6 +14,9 @@ width, `E` the number of experts, `R` a rank, `G` V groups, `S` slots:
 * `narrow`: dense experts with `width` neurons each, under their standard names.
 * `shared-v` and `svd`: `W_e = U[slot(e)] @ V[group(slot(e))]` for each of the three projections.
   Experts with the same slot are the same function. `svd` is the case of one group per slot.
+* `base-delta`: as `shared-v`, plus dense base weights of `B` neurons that all experts share:
+  `W_e = base + U[slot(e)] @ V[group(slot(e))]`, where the base is added to the first `B` of the
+  `F` neurons (rows of gate and up, columns of down).
 """
 
 from __future__ import annotations
@@ -23,101 +26,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from vllm_moesvd.families import FAMILIES as FAMILIES
+from vllm_moesvd.families import PROJECTIONS as PROJECTIONS
+from vllm_moesvd.families import Family as Family
+from vllm_moesvd.families import FormatError as FormatError
+from vllm_moesvd.families import MoEShape as MoEShape
+from vllm_moesvd.families import Projection as Projection
+from vllm_moesvd.families import positive_int, show
+
 FORMAT_VERSION: Final = 1
 CONFIG_KEY: Final = "moesvd"
 FACTOR_PREFIX: Final = "moesvd."
 """Factor tensors are named `<experts prefix>.moesvd.<factor>`: no vLLM mapper rewrites that."""
 
-Projection = Literal["gate", "up", "down"]
-PROJECTIONS: Final[tuple[Projection, ...]] = ("gate", "up", "down")
-
 _LAYER_INDEX: Final = re.compile(r"0|[1-9][0-9]{0,8}")
-
-
-class FormatError(ValueError):
-    """The `moesvd` entry of a config.json is not one this version can read."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoEShape:
-    """Sizes of one routed-experts block: `D`, `F`, `E` and experts per token."""
-
-    hidden_size: int
-    expert_width: int
-    num_experts: int
-    top_k: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """Where one architecture keeps its experts, in the checkpoint and in config.json.
-
-    `experts_prefix` and `router_name` take `{layer}`. `*_name` are the projections' module names
-    inside one expert. `*_key` are config.json keys. `fused_prefix` is the prefix of the layout
-    with one `gate_up_proj` [E, 2F, D] and one `down_proj` [E, D, F] tensor for all experts.
-    """
-
-    name: str
-    model_type: str
-    architecture: str
-    experts_prefix: str
-    fused_prefix: str
-    router_name: str
-    gate_name: str
-    up_name: str
-    down_name: str
-    num_experts_key: str
-    expert_width_key: str
-    top_k_key: str
-
-    @property
-    def factored_architecture(self) -> str:
-        """The `architectures` entry of a factored checkpoint of this family."""
-        return self.architecture.replace("ForCausalLM", "MoESVDForCausalLM")
-
-    def projection_name(self, projection: Projection) -> str:
-        """Module name of a projection inside one expert, e.g. `w1`."""
-        return {"gate": self.gate_name, "up": self.up_name, "down": self.down_name}[projection]
-
-    def expert_tensor(self, layer: int, expert: int, projection: Projection) -> str:
-        """Full checkpoint name of one expert's projection."""
-        prefix = self.experts_prefix.format(layer=layer)
-        return f"{prefix}.{expert}.{self.projection_name(projection)}.weight"
-
-    def moe_shape(self, config: Mapping[str, Any]) -> MoEShape:
-        """Read the block sizes from a config.json; raises FormatError naming the key."""
-        values = {}
-        for field, key in (
-            ("hidden_size", "hidden_size"),
-            ("expert_width", self.expert_width_key),
-            ("num_experts", self.num_experts_key),
-            ("top_k", self.top_k_key),
-        ):
-            values[field] = _positive_int(config, key, where="config.json")
-        if values["top_k"] > values["num_experts"]:
-            raise FormatError(
-                f"config.json: {self.top_k_key} is {values['top_k']}, more than the "
-                f"{values['num_experts']} experts of {self.num_experts_key}"
-            )
-        return MoEShape(**values)
-
-
-FAMILIES: Final[tuple[Family, ...]] = (
-    Family(
-        name="mixtral",
-        model_type="mixtral",
-        architecture="MixtralForCausalLM",
-        experts_prefix="model.layers.{layer}.block_sparse_moe.experts",
-        fused_prefix="model.layers.{layer}.mlp.experts",
-        router_name="model.layers.{layer}.block_sparse_moe.gate.weight",
-        gate_name="w1",
-        up_name="w3",
-        down_name="w2",
-        num_experts_key="num_local_experts",
-        expert_width_key="intermediate_size",
-        top_k_key="num_experts_per_tok",
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +65,7 @@ class NarrowSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FactoredSpec:
-    """Per-slot U and per-group V for each projection.
+    """Per-slot U and per-group V for each projection, and for `base-delta` a shared base.
 
     `expert_slot[e]` is the slot of expert e; `slot_group[s]` the V group of slot s. Example: four
     experts, the last three sharing one function, all on one V:
@@ -155,7 +77,10 @@ class FactoredSpec:
     expert_slot: tuple[int, ...]
     slot_group: tuple[int, ...]
 
-    form: Literal["shared-v", "svd"] = "shared-v"
+    base_width: int = 0
+    """Neurons of the base; 0 for every form but `base-delta`."""
+
+    form: Literal["shared-v", "svd", "base-delta"] = "shared-v"
 
     @property
     def num_slots(self) -> int:
@@ -191,6 +116,8 @@ def spec_to_json(spec: CheckpointSpec) -> dict[str, Any]:
         if isinstance(layer, FactoredSpec):
             entry["expert_slot"] = list(layer.expert_slot)
             entry["slot_group"] = list(layer.slot_group)
+            if layer.form == "base-delta":
+                entry["base_width"] = layer.base_width
         layers[str(index)] = entry
     return {"format_version": FORMAT_VERSION, "layers": layers}
 
@@ -201,21 +128,21 @@ def parse_spec(value: Any, shape: MoEShape, num_layers: int) -> CheckpointSpec:
     Raises FormatError with the layer, the key, what was found and what was expected.
     """
     if not isinstance(value, Mapping):
-        raise FormatError(f"moesvd: expected an object, found {_show(value)}")
+        raise FormatError(f"moesvd: expected an object, found {show(value)}")
     version = value.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
-            f"moesvd: format_version is {_show(version)}, this version reads {FORMAT_VERSION}; "
+            f"moesvd: format_version is {show(version)}, this version reads {FORMAT_VERSION}; "
             "install the vllm-moesvd release that wrote the checkpoint"
         )
     _only_keys(value, {"format_version", "layers"}, "moesvd")
     entries = value.get("layers")
     if not isinstance(entries, Mapping) or not entries:
-        raise FormatError(f"moesvd: layers must be a non-empty object, found {_show(entries)}")
+        raise FormatError(f"moesvd: layers must be a non-empty object, found {show(entries)}")
     layers: dict[int, LayerSpec] = {}
     for key, entry in entries.items():
         if not (isinstance(key, str) and _LAYER_INDEX.fullmatch(key)):
-            raise FormatError(f"moesvd: {_show(key)} is not a layer index")
+            raise FormatError(f"moesvd: {show(key)} is not a layer index")
         if int(key) >= num_layers:
             raise FormatError(f"moesvd: layer {key} does not exist, the model has {num_layers}")
         layers[int(key)] = _parse_layer(entry, shape, f"moesvd layer {key}")
@@ -247,12 +174,12 @@ def _factor_shapes(spec: LayerSpec, shape: MoEShape, family: Family) -> dict[str
         return _core_shapes(shape.num_experts, spec.width, d, d, family)
     r, q = spec.rank_gate_up, spec.rank_down
     if isinstance(spec, LatentSpec):
-        shapes: dict[str, tuple[int, ...]] = {"moesvd.v_gate_up": (r, d), "moesvd.q_down": (d, q)}
+        latent: dict[str, tuple[int, ...]] = {"moesvd.v_gate_up": (r, d), "moesvd.q_down": (d, q)}
         if spec.bias:
-            shapes["moesvd.bias_down"] = (d,)
-        return shapes | _core_shapes(shape.num_experts, spec.width, r, q, family)
+            latent["moesvd.bias_down"] = (d,)
+        return latent | _core_shapes(shape.num_experts, spec.width, r, q, family)
     s, g = spec.num_slots, spec.num_groups
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "moesvd.v_gate": (g, r, d),
         "moesvd.v_up": (g, r, d),
         "moesvd.v_down": (g, q, f),
@@ -260,6 +187,11 @@ def _factor_shapes(spec: LayerSpec, shape: MoEShape, family: Family) -> dict[str
         "moesvd.u_up": (s, f, r),
         "moesvd.u_down": (s, d, q),
     }
+    if spec.base_width:
+        b = spec.base_width
+        base = {"base_gate": (b, d), "base_up": (b, d), "base_down": (d, b)}
+        shapes |= {f"moesvd.{name}": size for name, size in base.items()}
+    return shapes
 
 
 def _core_shapes(
@@ -275,14 +207,14 @@ def _core_shapes(
 
 def _parse_layer(entry: Any, shape: MoEShape, where: str) -> LayerSpec:
     if not isinstance(entry, Mapping):
-        raise FormatError(f"{where}: expected an object, found {_show(entry)}")
+        raise FormatError(f"{where}: expected an object, found {show(entry)}")
     form = entry.get("form")
     d, f = shape.hidden_size, shape.expert_width
     if form == "latent":
         _only_keys(entry, {"form", "rank_gate_up", "rank_down", "width", "bias"}, where)
         bias = entry.get("bias", False)
         if not isinstance(bias, bool):
-            raise FormatError(f"{where}: bias must be true or false, found {_show(bias)}")
+            raise FormatError(f"{where}: bias must be true or false, found {show(bias)}")
         return LatentSpec(
             rank_gate_up=_bounded(entry, "rank_gate_up", d, where),
             rank_down=_bounded(entry, "rank_down", d, where),
@@ -292,11 +224,12 @@ def _parse_layer(entry: Any, shape: MoEShape, where: str) -> LayerSpec:
     if form == "narrow":
         _only_keys(entry, {"form", "width"}, where)
         return NarrowSpec(width=_bounded(entry, "width", f, where))
-    if form not in ("shared-v", "svd"):
+    if form not in ("shared-v", "svd", "base-delta"):
         raise FormatError(
-            f"{where}: form is {_show(form)}, expected latent, narrow, shared-v or svd"
+            f"{where}: form is {show(form)}, expected latent, narrow, shared-v, svd or base-delta"
         )
-    _only_keys(entry, {"form", "rank_gate_up", "rank_down", "expert_slot", "slot_group"}, where)
+    keys = {"form", "rank_gate_up", "rank_down", "expert_slot", "slot_group"}
+    _only_keys(entry, keys | ({"base_width"} if form == "base-delta" else set()), where)
     expert_slot = _int_list(entry, "expert_slot", where)
     slot_group = _int_list(entry, "slot_group", where)
     if len(expert_slot) != shape.num_experts:
@@ -317,28 +250,22 @@ def _parse_layer(entry: Any, shape: MoEShape, where: str) -> LayerSpec:
         rank_down=_bounded(entry, "rank_down", f, where),
         expert_slot=expert_slot,
         slot_group=slot_group,
+        base_width=_bounded(entry, "base_width", f, where) if form == "base-delta" else 0,
         form=form,
     )
 
 
 def _bounded(entry: Mapping[str, Any], key: str, largest: int, where: str) -> int:
-    value = _positive_int(entry, key, where=where)
+    value = positive_int(entry, key, where=where)
     if value > largest:
         raise FormatError(f"{where}: {key} is {value}, the largest possible is {largest}")
-    return value
-
-
-def _positive_int(entry: Mapping[str, Any], key: str, *, where: str) -> int:
-    value = entry.get(key)
-    if type(value) is not int or value < 1:
-        raise FormatError(f"{where}: {key} must be a positive integer, found {_show(value)}")
     return value
 
 
 def _int_list(entry: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
     value = entry.get(key)
     if not isinstance(value, list) or not value or any(type(v) is not int or v < 0 for v in value):
-        raise FormatError(f"{where}: {key} must be a list of integers ≥ 0, found {_show(value)}")
+        raise FormatError(f"{where}: {key} must be a list of integers ≥ 0, found {show(value)}")
     return tuple(value)
 
 
@@ -346,8 +273,3 @@ def _only_keys(entry: Mapping[str, Any], known: set[str], where: str) -> None:
     unknown = sorted(str(key) for key in set(entry) - known)
     if unknown:
         raise FormatError(f"{where}: unknown key {', '.join(unknown[:5])}")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

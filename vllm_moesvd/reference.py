@@ -71,8 +71,14 @@ def factored_experts(
     u_down_SDQ: torch.Tensor,
     expert_slot: Sequence[int],
     slot_group: Sequence[int],
+    base_gate_BD: torch.Tensor | None = None,
+    base_up_BD: torch.Tensor | None = None,
+    base_down_DB: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Forms `shared-v` and `svd`: `W_e = U[slot(e)] @ V[group(slot(e))]` for each projection."""
+    """Forms `shared-v` and `svd`: `W_e = U[slot(e)] @ V[group(slot(e))]` for each projection.
+
+    With a base (form `base-delta`) the base is added to the first B neurons of every expert.
+    """
     y_TD = torch.zeros(x_TD.shape[0], u_down_SDQ.shape[1])
     for t in range(index_TK.shape[0]):
         x_D = x_TD[t].float()
@@ -81,6 +87,12 @@ def factored_experts(
             group = slot_group[slot]
             gate_F = u_gate_SFR[slot].float() @ (v_gate_GRD[group].float() @ x_D)
             up_F = u_up_SFR[slot].float() @ (v_up_GRD[group].float() @ x_D)
-            w_Q = v_down_GQF[group].float() @ (silu(gate_F) * up_F)
-            y_TD[t] += gate_TK[t, k].float() * (u_down_SDQ[slot].float() @ w_Q)
+            if base_gate_BD is not None and base_up_BD is not None:
+                gate_F[: len(base_gate_BD)] += base_gate_BD.float() @ x_D
+                up_F[: len(base_up_BD)] += base_up_BD.float() @ x_D
+            h_F = silu(gate_F) * up_F
+            y_D = u_down_SDQ[slot].float() @ (v_down_GQF[group].float() @ h_F)
+            if base_down_DB is not None:
+                y_D += base_down_DB.float() @ h_F[: base_down_DB.shape[1]]
+            y_TD[t] += gate_TK[t, k].float() * y_D
     return y_TD

@@ -141,7 +141,7 @@ def test_any_value_of_a_known_key(folder: Path, key: str, value: Any):
 
 
 layer_entries = st.fixed_dictionaries(
-    {"form": st.sampled_from(["latent", "narrow", "shared-v", "svd"]) | json_values},
+    {"form": st.sampled_from(["latent", "narrow", "shared-v", "svd", "base-delta"]) | json_values},
     optional={
         "rank_gate_up": st.integers(0, 100) | json_values,
         "rank_down": st.integers(0, 100) | json_values,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +40,15 @@ def test_an_architecture_renamed_back_is_refused(
         harness.engine_config(renamed, model_impl=model_impl)
 
 
+@pytest.mark.parametrize("name", ["MixtralModel", "MixtralForSequenceClassification"])
+def test_names_that_vllm_takes_for_the_dense_one_are_refused(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    renamed = with_config(folder, tmp_path / "renamed", architectures=[name])
+    with pytest.raises(ValueError, match="has the key moesvd"):
+        harness.engine_config(renamed)
+
+
 def test_an_architecture_overridden_on_the_command_line_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="has the key moesvd"):
         harness.engine_config(folder, hf_overrides={"architectures": ["MixtralForCausalLM"]})
@@ -54,7 +63,7 @@ def test_an_architecture_overridden_on_the_command_line_is_refused(folder: Path)
         ({"format_version": 1, "layers": {}}, "layers must be a non-empty object"),
         (
             {"format_version": 1, "layers": {"1": {"form": "lora"}}},
-            "form is 'lora', expected latent, narrow, shared-v or svd",
+            "form is 'lora', expected latent, narrow, shared-v, svd or base-delta",
         ),
         (
             {"format_version": 1, "layers": {"1": {"form": "narrow", "width": 97}}},
@@ -154,9 +163,7 @@ def test_an_entry_of_vllm_for_the_same_architecture_still_runs(
     install()
     assert MODELS_CONFIG_MAP["MixtralForCausalLM"] is entry
 
-    class Config:
-        hf_config = copy.copy(object)
-
-    entry.verify_and_update_model_config(Config)
-    entry.verify_and_update_config(Config)
+    model_config = SimpleNamespace(hf_config=SimpleNamespace())
+    entry.verify_and_update_model_config(model_config)
+    entry.verify_and_update_config(SimpleNamespace(model_config=model_config))
     assert called == ["model", "config"]
