@@ -16,8 +16,9 @@ from types import FrameType
 
 READY_TIMEOUT_S = 600.0
 """A cold start takes about a minute on two cores; ten cover a much slower machine."""
-STOP_TIMEOUT_S = 20.0
-"""How long the server may take to end by itself before it is killed."""
+STOP_TIMEOUT_S = 10.0
+"""How long the server may take to end by itself before it is killed; one that is still importing
+takes no notice of SIGTERM, and whoever pressed Ctrl-C waits."""
 LOG_LINES_SHOWN = 30
 LOG_WIDTH_SHOWN = 300
 """vLLM lists all its architectures in one line of some errors."""
