@@ -28,7 +28,7 @@ from compress_tool.manifest import MANIFEST_FILE, read_manifest, source_identity
 from compress_tool.packing import folded_expert
 from compress_tool.plain_check import changed_keys, changed_tensors, drop_problems, plain_layers
 from compress_tool.shards import copied_parts
-from compress_tool.weight_error import layer_weight_error
+from compress_tool.weight_error import keeps_order, layer_weight_error
 from compress_tool.writer import carried_files
 from vllm_moesvd.format import CONFIG_KEY, PROJECTIONS
 
@@ -263,6 +263,9 @@ def _recorded_errors(
 def _weight_error(
     checkpoint: Checkpoint, against: Checkpoint, layer: int
 ) -> Mapping[str, float] | None:
+    spec = checkpoint.layer_spec(layer)
+    if spec is None or not keeps_order(spec, against.shape.expert_width):
+        return None
     result = layer_weight_error(
         against, layer, lambda expert: folded_expert(checkpoint, layer, expert)
     )

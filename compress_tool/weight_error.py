@@ -8,10 +8,18 @@ from collections.abc import Callable
 import torch
 
 from compress_tool.checkpoint import Checkpoint
-from vllm_moesvd.format import PROJECTIONS, Projection
+from vllm_moesvd.format import PROJECTIONS, FactoredSpec, LayerSpec, Projection
 
 FoldedExpert = Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Dense fp32 weights (gate_FD, up_FD, down_DF) of one expert index."""
+
+
+def keeps_order(spec: LayerSpec, width: int) -> bool:
+    """Whether neuron j of a folded expert stands for neuron j of the source's `width`.
+
+    A pruned base sorts the neurons of its layer, so its weights cannot be compared one by one.
+    """
+    return not isinstance(spec, FactoredSpec) or spec.base_width in (0, width)
 
 
 def layer_weight_error(
