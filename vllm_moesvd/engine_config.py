@@ -111,13 +111,14 @@ def _dense_entry(entry: Any) -> type:
     class DenseConfig:
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:
-            if getattr(model_config.hf_config, CONFIG_KEY, None) is not None:
-                raise ValueError(_renamed(model_config))
+            _refuse_factored(model_config)
             if entry is not None:
                 entry.verify_and_update_model_config(model_config)
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            # vLLM asks here, and only here, for names such as MixtralModel.
+            _refuse_factored(vllm_config.model_config)
             if entry is not None:
                 entry.verify_and_update_config(vllm_config)
 
@@ -125,9 +126,11 @@ def _dense_entry(entry: Any) -> type:
     return DenseConfig
 
 
-def _renamed(model_config: Any) -> str:
+def _refuse_factored(model_config: Any) -> None:
+    if getattr(model_config.hf_config, CONFIG_KEY, None) is None:
+        return
     known = ", ".join(family.factored_architecture for family in FAMILIES)
-    return (
+    raise ValueError(
         f"moesvd: {model_config.model}: config.json has the key {CONFIG_KEY}, so its layers are "
         f"factored, but would be served as {model_config.architecture}, which reads dense layers; "
         f"architectures in config.json must name the factored one ({known})"

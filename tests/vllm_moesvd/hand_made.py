@@ -155,6 +155,8 @@ def _factor(
     name: str, size: tuple[int, ...], exact: bool, generator: torch.Generator
 ) -> torch.Tensor:
     """Random numbers that keep activations O(1); permutations for one factor of each pair."""
+    if name.endswith("bias_down"):
+        return torch.randn(size, generator=generator)
     is_permuted = name.rpartition(".")[2] in ("v_gate_up", "q_down", "v_gate", "v_up", "u_down")
     if exact and is_permuted:
         rows = size[-2]
@@ -164,11 +166,4 @@ def _factor(
             for _ in range(size[0] if len(size) == 3 else 1)
         ]
         return torch.stack(blocks).reshape(size).contiguous()
-    return torch.randn(size, generator=generator) / size[-1] ** 0.5 * _gain(name)
-
-
-def _gain(name: str) -> float:
-    last = name.rpartition(".")[2]
-    if last == "bias_down":
-        return 4.0
-    return 2.0 if last in ("u_down", "q_down") or ".w2." in name else 1.2
+    return torch.randn(size, generator=generator) / size[-1] ** 0.5 * 1.3

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.vllm_moesvd.closeness import are_close
-from tests.vllm_moesvd.hand_made import MIXTRAL
+from tests.vllm_moesvd.hand_made import MIXTRAL, hand_made
+from tests.vllm_moesvd.layer_math import softmax_routing
+from vllm_moesvd import ops
+from vllm_moesvd.base_ops import base_experts
 from vllm_moesvd.format import (
     CheckpointSpec,
     FactoredSpec,
@@ -109,3 +114,54 @@ def test_the_spec_survives_json_and_wrong_widths_are_named() -> None:
     value["layers"]["0"]["form"] = "shared-v"
     with pytest.raises(FormatError, match="base_width"):
         parse_spec(value, SHAPE, 3)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["cpu", "capturable"])
+def test_the_operators_equal_the_reference(name: str, is_cpu: bool) -> None:
+    spec = SPECS[name]
+    f, (x_TD, index_TK, gate_TK) = factors(spec), routing(23)
+    steps = ops.project_in, base_experts, ops.project_out
+    if not is_cpu:
+        steps = tuple(step._init_fn for step in steps)
+    slot_TK, merged_TK = ops.merge_slots(torch.tensor(spec.expert_slot)[index_TK], gate_TK)
+    z = steps[0](x_TD, slot_TK, f["v_gate"], f["v_up"], spec.slot_group)
+    base_T2B = torch.stack([x_TD @ f["base_gate"].T, x_TD @ f["base_up"].T], dim=1)
+    w, h_TB = steps[1](
+        z, base_T2B, slot_TK, merged_TK, f["u_gate"], f["u_up"], f["v_down"], spec.slot_group
+    )
+    found = steps[2](w, slot_TK, merged_TK, f["u_down"]) + h_TB @ f["base_down"].T
+    assert are_close(found, reference(spec, f, (x_TD, index_TK, gate_TK)))
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
+    f, (x_TD, index_TK, gate_TK) = factors(SHARED_V), routing(5)
+    slot_TK, gate_TK = ops.merge_slots(torch.tensor(SHARED_V.expert_slot)[index_TK], gate_TK)
+    z = ops.project_in(x_TD, slot_TK, f["v_gate"], f["v_up"], SHARED_V.slot_group)
+    base_T2B = torch.stack([x_TD @ f["base_gate"].T, x_TD @ f["base_up"].T], dim=1)
+    arguments = (f["u_gate"], f["u_up"], f["v_down"], list(SHARED_V.slot_group))
+    torch.library.opcheck(base_experts, (z, base_T2B, slot_TK, gate_TK, *arguments))
+
+
+def test_vllm_builds_loads_and_computes_it(tmp_path: Path) -> None:
+    """Inside vLLM's own model, without an engine; the dense layers around it stay vLLM's."""
+    pytest.importorskip("vllm")
+    from tests.vllm_moesvd import harness
+
+    layers = {1: OWN_V, 2: SHARED_V}
+    made = hand_made(layers, exact=False)
+    config = harness.engine_config(made.write(tmp_path / "made"))
+    model = harness.load_model(config)
+    x_TD = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+    for layer, spec in layers.items():
+        prefix = f"{MIXTRAL.experts_prefix.format(layer=layer)}.moesvd."
+        f = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in made.tensors.items()
+            if name.startswith(prefix)
+        }
+        routed = (x_TD, *softmax_routing(made, layer, x_TD))
+        expected = reference(spec, f, routed)
+        assert are_close(harness.run_moe_block(model, config, layer, x_TD), expected)
+        bare = {**f, "base_down": torch.zeros_like(f["base_down"])}
+        assert not are_close(reference(spec, bare, routed), expected)
