@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory, MoERunner
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import round_up
 
+from vllm_moesvd.base_delta import BASE, BaseDeltaRoutedExperts
 from vllm_moesvd.format import PROJECTIONS, FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 from vllm_moesvd.latent import LatentOutput, latent_input
 from vllm_moesvd.layer import FACTORS, FactoredRoutedExperts
@@ -93,7 +94,7 @@ def destinations(layer: BuiltLayer, plan: ModelPlan) -> dict[str, Destination]:
         experts = layer.runner.routed_experts
         return {
             prefix + name: Destination(parameter=getattr(experts, name), full_shape=None)
-            for name in FACTORS
+            for name in (FACTORS + BASE if layer.spec.base_width else FACTORS)
         }
     if isinstance(layer.spec, NarrowSpec):
         return {}
@@ -132,7 +133,9 @@ def _arguments(spec: LayerSpec, call: dict[str, Any], replicate: bool) -> dict[s
     if isinstance(spec, FactoredSpec):
         return {
             "intermediate_size": round_up(call["intermediate_size"], tp_size),
-            "routed_experts_cls": FactoredRoutedExperts,
+            "routed_experts_cls": BaseDeltaRoutedExperts
+            if spec.base_width
+            else FactoredRoutedExperts,
             "routed_experts_args": {"spec": spec, "replicate": replicate},
         }
     width = round_up(spec.width, KERNEL_MULTIPLE * tp_size)

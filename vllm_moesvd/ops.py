@@ -68,7 +68,7 @@ def _project_in_cpu(
     z_N2R = x_TD.new_zeros(slot_TK.numel(), 2, v_gate_GRD.shape[1])
     # The last entry is the group of slot -1.
     group_N = torch.tensor([*slot_group, -1])[slot_TK.flatten()]
-    for group, rows in _rows_by_key(group_N, v_gate_GRD.shape[0]):
+    for group, rows in rows_by_key(group_N, v_gate_GRD.shape[0]):
         z_N2R[rows] = _both(x_TD[rows // top_k], v_gate_GRD[group], v_up_GRD[group])
     return z_N2R.view(*slot_TK.shape, 2, v_gate_GRD.shape[1])
 
@@ -115,7 +115,7 @@ def _experts_cpu(
     pairs_per_row = top_k // z_TC2R.shape[1]
     z_M2R = z_TC2R.flatten(0, 1)
     w_NQ = z_TC2R.new_zeros(slot_TK.numel(), v_down_GQF.shape[1])
-    for slot, rows in _rows_by_key(slot_TK.flatten(), len(slot_group)):
+    for slot, rows in rows_by_key(slot_TK.flatten(), len(slot_group)):
         z_n2R = z_M2R[rows // pairs_per_row]
         group = slot_group[slot]
         w_NQ[rows] = _slot(z_n2R, u_gate_SFR[slot], u_up_SFR[slot], v_down_GQF[group])
@@ -156,7 +156,7 @@ def _project_out_cpu(
     tokens, top_k = slot_TK.shape
     gate_N1 = gate_TK.reshape(-1, 1).float()
     y_TD = w_NQ.new_zeros(tokens, u_down_SDQ.shape[1], dtype=torch.float32)
-    for slot, rows in _rows_by_key(slot_TK.flatten(), u_down_SDQ.shape[0]):
+    for slot, rows in rows_by_key(slot_TK.flatten(), u_down_SDQ.shape[0]):
         y_nD = linear(w_NQ[rows], u_down_SDQ[slot]).float()
         y_TD.index_add_(0, rows // top_k, gate_N1[rows] * y_nD)
     return y_TD.to(w_NQ.dtype)
@@ -181,7 +181,7 @@ def _slot(
     return linear(silu(gate_F) * up_F, down_QF)
 
 
-def _rows_by_key(key_N: torch.Tensor, num_keys: int) -> list[tuple[int, torch.Tensor]]:
+def rows_by_key(key_N: torch.Tensor, num_keys: int) -> list[tuple[int, torch.Tensor]]:
     """For every key from 0 to `num_keys - 1` that occurs: the key and its rows, ascending.
 
     Example: keys (1, -1, 0, 1) give [(0, rows 2), (1, rows 0 and 3)].

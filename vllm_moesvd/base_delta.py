@@ -1,0 +1,105 @@
+"""Layers of the form `base-delta` inside vLLM's fused-MoE layer.
+
+The factors are held, split and exchanged as in `layer.py`. The base is split over its neurons in
+the same places as F: process t of `tp` holds the base's part of its own F / tp neurons, zeros
+where the base has none (a pruned base). Its down part is a partial sum for the runner's
+all-reduce, like everything else. This form runs on torch operators on every device.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import linear
+from vllm.distributed import (
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_reduce_scatter,
+)
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    RoutedExperts,
+)
+
+from vllm_moesvd import ops
+from vllm_moesvd.base_ops import base_experts
+from vllm_moesvd.layer import FactoredMoEMethod, FactoredRoutedExperts
+from vllm_moesvd.loading import load_padded_slice
+
+BASE: Final = ("base_gate", "base_up", "base_down")
+
+
+class BaseDeltaRoutedExperts(FactoredRoutedExperts):
+    """vLLM's container of routed experts, holding base and factors of one layer."""
+
+    def _get_quant_method(
+        self, prefix: str, quant_config: object, moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        return BaseDeltaMoEMethod(moe_config, self.spec, self.replicate)
+
+
+class BaseDeltaMoEMethod(FactoredMoEMethod):
+    """Holds and applies a `base-delta` layer."""
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """The factors, and this process's slice of the base."""
+        super().create_weights(
+            layer,
+            num_experts,
+            hidden_size,
+            intermediate_size_per_partition,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        is_split = self.moe.tp_size > 1
+        width = intermediate_size_per_partition if is_split else self.spec.base_width
+        for name in BASE:
+            is_down = name == "base_down"
+            shape = (hidden_size, width) if is_down else (width, hidden_size)
+            parameter = torch.nn.Parameter(
+                torch.empty(shape, dtype=params_dtype), requires_grad=False
+            )
+            parameter.weight_loader = partial(  # type: ignore[attr-defined]
+                load_padded_slice,
+                shard_dim=int(is_down) if is_split else None,
+                tp_rank=self.moe.tp_rank,
+            )
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Nothing to prepare: the kernels of the other forms do not serve this one."""
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: object,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Output [T, D] of the routed experts; a partial sum for the runner's all-reduce."""
+        spec = self.spec
+        slot_TK, gate_TK = layer.expert_slot[topk_ids], topk_weights
+        if spec.num_slots < len(spec.expert_slot):
+            slot_TK, gate_TK = ops.merge_slots(slot_TK, gate_TK)
+        z_TC2R = ops.project_in(x, slot_TK, layer.v_gate, layer.v_up, spec.slot_group)
+        if self.is_sharded:
+            z_TC2R = tensor_model_parallel_all_gather(z_TC2R, dim=-1)
+        base_T2B = torch.stack([linear(x, layer.base_gate), linear(x, layer.base_up)], dim=1)
+        factors = layer.u_gate, layer.u_up, layer.v_down
+        w_NQ, h_TB = base_experts(z_TC2R, base_T2B, slot_TK, gate_TK, *factors, spec.slot_group)
+        if self.is_sharded:
+            w_NQ = tensor_model_parallel_reduce_scatter(w_NQ, dim=-1)
+        y_TD: torch.Tensor = ops.project_out(w_NQ, slot_TK, gate_TK, layer.u_down)
+        return y_TD + linear(h_TB, layer.base_down)
