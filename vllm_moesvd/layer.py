@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_reduce_scatter,
@@ -28,12 +29,16 @@ from vllm.model_executor.layers.fused_moe import (
     RoutedExperts,
 )
 from vllm.utils.math_utils import round_up
+from vllm.v1.worker.workspace import current_workspace_manager
 
-from vllm_moesvd import ops
+from vllm_moesvd import kernels, ops
 from vllm_moesvd.format import FactoredSpec
+from vllm_moesvd.kernels.slots import SlotTable, rank_slots
 from vllm_moesvd.loading import load_padded_slice
 
 FACTORS: Final = ("v_gate", "v_up", "v_down", "u_gate", "u_up", "u_down")
+SLOT_RANKS: Final = ("rank_E", "slot_S", "group_S")
+"""Buffers with the fields of these names of `kernels.slots.SlotTable`."""
 
 
 class FactoredRoutedExperts(RoutedExperts):  # type: ignore[misc]
@@ -58,6 +63,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         super().__init__(moe)
         self.spec = spec
         self.is_sharded = moe.tp_size > 1 and not replicate
+        self.max_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
 
     def create_weights(
         self,
@@ -98,6 +104,22 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             layer.register_parameter(name, parameter)
         slot_E = torch.tensor(spec.expert_slot, dtype=torch.int64)
         layer.register_buffer("expert_slot", slot_E, persistent=False)
+        ranks = rank_slots(spec.expert_slot, spec.slot_group)
+        for name, values in zip(SLOT_RANKS, ranks, strict=True):
+            tensor = torch.tensor(values, dtype=torch.int32)
+            layer.register_buffer(name, tensor, persistent=False)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Compile every kernel that serving can need: compiling while serving stalls requests."""
+        if not kernels.can_run(layer.v_gate):
+            return
+        tokens = 1
+        while tokens < 2 * self.max_tokens:
+            batch = min(tokens, self.max_tokens)
+            x_TD = layer.v_gate.new_zeros(batch, layer.v_gate.shape[2])
+            weights_TK = x_TD.new_zeros(batch, self.moe.experts_per_token, dtype=torch.float32)
+            self._apply_kernels(layer, x_TD, weights_TK, weights_TK.to(torch.int32))
+            tokens *= 2
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()
@@ -112,16 +134,62 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output [T, D] of the routed experts; a partial sum for the runner's all-reduce."""
+        if kernels.can_run(x):
+            return self._apply_kernels(layer, x, topk_weights, topk_ids)
         spec = self.spec
         slot_TK, gate_TK = layer.expert_slot[topk_ids], topk_weights
         if spec.num_slots < len(spec.expert_slot):
             slot_TK, gate_TK = ops.merge_slots(slot_TK, gate_TK)
         z_TC2R = ops.project_in(x, slot_TK, layer.v_gate, layer.v_up, spec.slot_group)
         if self.is_sharded:
-            z_TC2R = tensor_model_parallel_all_gather(z_TC2R, dim=-1)
+            z_TC2R = _gather_ranks(z_TC2R)
         w_NQ = ops.experts(z_TC2R, slot_TK, layer.u_gate, layer.u_up, layer.v_down, spec.slot_group)
         if self.is_sharded:
-            # vLLM 0.32 permutes more than two dimensions wrongly here, so w is a matrix.
-            w_NQ = tensor_model_parallel_reduce_scatter(w_NQ, dim=-1)
+            w_NQ = _scatter_ranks(w_NQ)
         y_TD: torch.Tensor = ops.project_out(w_NQ, slot_TK, gate_TK, layer.u_down)
         return y_TD
+
+    def _apply_kernels(
+        self,
+        layer: RoutedExperts,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        # These modules import Triton, which only a machine with a GPU must have.
+        from vllm_moesvd.kernels.forward import Factors, factored_experts
+        from vllm_moesvd.kernels.tiles import device_arch, tile_table
+
+        return factored_experts(
+            x_TD,
+            ids_TK,
+            weights_TK,
+            Factors(
+                v_gate_GrD=layer.v_gate,
+                v_up_GrD=layer.v_up,
+                u_gate_SFR=layer.u_gate,
+                u_up_SFR=layer.u_up,
+                v_down_GQF=layer.v_down,
+                u_down_SDq=layer.u_down,
+            ),
+            SlotTable(
+                **{name: getattr(layer, name) for name in SLOT_RANKS},
+                merges=self.spec.num_slots < len(self.spec.expert_slot),
+                num_groups=self.spec.num_groups,
+            ),
+            tile_table(device_arch(x_TD.device.index), x_TD.element_size()),
+            current_workspace_manager().get_simultaneous,
+            exchange_z=_gather_ranks if self.is_sharded else None,
+            exchange_w=_scatter_ranks if self.is_sharded else None,
+        )
+
+
+def _gather_ranks(z: torch.Tensor) -> torch.Tensor:
+    gathered: torch.Tensor = tensor_model_parallel_all_gather(z, dim=-1)
+    return gathered
+
+
+def _scatter_ranks(w_NQ: torch.Tensor) -> torch.Tensor:
+    # vLLM 0.32 permutes more than two dimensions wrongly here, so w is a matrix.
+    scattered: torch.Tensor = tensor_model_parallel_reduce_scatter(w_NQ, dim=-1)
+    return scattered

@@ -106,6 +106,7 @@ def align(
         "rank_ptr": slots.rank_E,
         "position_ptr": routing.position_N,
         "gate_ptr": routing.gate_N,
+        "count_ptr": routing.count_CS,
         "num_tokens": num_tokens,
         "num_experts": len(slots.rank_E),
         "num_slots": num_slots,
@@ -135,8 +136,7 @@ def align(
     if num_tiles == 1:
         launching.launch(align_tile_kernel, (1,), **pairs | blocks, pair_ptr=routing.pair_N)
         return
-    counters = {"key_ptr": routing.key_N, "count_ptr": routing.count_CS}
-    launching.launch(count_kernel, (num_tiles,), **pairs | counters, num_warps=4)
+    launching.launch(count_kernel, (num_tiles,), **pairs, key_ptr=routing.key_N, num_warps=8)
     launching.launch(
         scan_kernel,
         (1,),

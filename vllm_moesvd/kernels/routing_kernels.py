@@ -119,6 +119,7 @@ def align_tile_kernel(
     slots_ptr,  # (3, B) int32
     groups_ptr,  # (3, B) int32
     num_ptr,  # (2,) int32
+    count_ptr,  # (1, S) int32, written: first position of each rank
     num_tokens,
     num_experts,
     num_slots,
@@ -141,10 +142,13 @@ def align_tile_kernel(
         ids_ptr, weights_ptr, rank_ptr, 0, num_tokens, num_experts, stride_ids, stride_weights,
         TOP_K, K_PAD, TOKENS, MERGE,
     )  # fmt: skip
-    is_rank = rank[:, None] == tl.arange(0, S_PAD)[None, :]
-    count = tl.sum(is_rank.to(tl.int32), axis=0)
+    count = tl.histogram(tl.maximum(rank, 0), S_PAD, mask=rank >= 0)
     first = tl.cumsum(count, 0) - count
-    start = tl.sum(tl.where(is_rank, first[None, :], 0), axis=1)
+    s = tl.arange(0, S_PAD)
+    # Through memory: a table in registers would need a comparison of every pair with every slot.
+    tl.store(count_ptr + s, first, mask=s < num_slots)
+    tl.debug_barrier()
+    start = tl.load(count_ptr + rank, mask=rank >= 0, other=0)
     position = start + _earlier_equal(rank, size)
     tl.store(pair_ptr + position, pair, mask=rank >= 0)
     tl.store(position_ptr + pair, tl.where(rank >= 0, position, -1), mask=exists)
@@ -186,7 +190,7 @@ def count_kernel(
     tl.store(position_ptr + pair, _earlier_equal(rank, size), mask=exists)
     tl.store(gate_ptr + pair, gate, mask=exists)
     s = tl.arange(0, S_PAD)
-    count = tl.sum((rank[:, None] == s[None, :]).to(tl.int32), axis=0)
+    count = tl.histogram(tl.maximum(rank, 0), S_PAD, mask=rank >= 0)
     tl.store(count_ptr + tile.to(tl.int64) * num_slots + s, count, mask=s < num_slots)
 
 
