@@ -71,16 +71,15 @@ def _title(report: Mapping[str, Any], source_name: str) -> str:
 
 
 def _what_it_is(report: Mapping[str, Any], source_name: str) -> str:
-    text = (
-        f"This is `{source_name}` with the weights of its experts replaced by factors, made by "
-        f"vllm-moesvd {version('vllm-moesvd')}"
-    )
+    if report.get("method") == "drop":
+        change, kept = "with whole experts removed from every layer", "Attention, embeddings"
+    else:
+        change = "with the weights of its experts replaced by smaller ones"
+        kept = "Attention, router, embeddings"
+    text = f"This is `{source_name}` {change}, made by vllm-moesvd {version('vllm-moesvd')}"
     if report.get("method"):
         text += f" with the method `{report['method']}`"
-    return (
-        f"{text}. Attention, router, embeddings and the tokenizer are the source's, unchanged. It "
-        "was not trained further.\n"
-    )
+    return f"{text}. {kept} and the tokenizer are the source's, unchanged.\n"
 
 
 def _how_to_serve(*, is_plain: bool) -> str:
@@ -124,7 +123,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
         if isinstance(calibration.get(key), int)
     ]
     return (
-        "## Calibration\n\nThe factors fit the activations of this text best: "
+        "## Calibration\n\nThe weights were fitted to the activations of this text: "
         f"{files or 'not recorded'}{' (' + ' of '.join(counts) + ')' if counts else ''}. On other "
         "languages or subjects the loss may be larger.\n"
     )
@@ -166,8 +165,8 @@ def _limits(report: Mapping[str, Any]) -> str:
     ]
     if missed := [f"{count} in layer {index}" for index, count in unrouted if count]:
         lines.append(
-            "Experts that the calibration text never reached, and whose factors come from the "
-            f"other experts' activations: {', '.join(missed)}."
+            "Experts that the calibration text never reached, so that their weights were fitted "
+            f"to other experts' activations: {', '.join(missed)}."
         )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 

@@ -137,7 +137,7 @@ def _figures(
     drawn: list[tuple[str, str, bool, Callable[[], bytes]]] = [
         (
             "Bytes by part",
-            "Only the routed experts shrink; everything else is copied byte for byte.",
+            "Only the routed experts shrink.",
             True,
             lambda: draw.sizes_figure(parts),
         ),

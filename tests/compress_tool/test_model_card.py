@@ -54,6 +54,15 @@ def test_the_numbers_are_there() -> None:
     assert "never reached" in card and "1 in layer 0" in card
 
 
+def test_a_checkpoint_of_fewer_experts_needs_no_plugin() -> None:
+    layers = [{"index": index, "form": "drop", "counts": [5, 0, 3]} for index in range(2)]
+    card = model_card(REPORT | {"method": "drop", "plain": True, "layers": layers}, source_name="m")
+    assert "whole experts removed" in card
+    assert "without a plugin" in card
+    assert "Attention, router" not in card
+    assert "export-dense" not in card
+
+
 def test_an_empty_report_still_gives_a_card() -> None:
     card = model_card({}, source_name="m")
     assert "## Serve it" in card
