@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Final, NoReturn
 
-from compress_tool.config import COMBINES, METHODS, RATIO_BASES, STORE_DTYPES, WHITENINGS
+from compress_tool.config import BASES, COMBINES, METHODS, RATIO_BASES, STORE_DTYPES, WHITENINGS
 
 EXAMPLES: Final = """examples:
   compress_tool inspect ./Mixtral-8x7B
@@ -49,9 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "sizes of a checkpoint, from its headers")
     inspect.add_argument("checkpoint", type=Path, metavar="DIR")
 
-    plan = command(
-        "plan", "what `run` would do, from the headers alone: ranks, bytes, time"
-    )
+    plan = command("plan", "what `run` would do, from the headers alone: ranks, bytes, time")
     plan.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, or a config.json")
     _add_recipe_flags(plan)
 
@@ -123,12 +121,15 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         help="R refers to all parameters or to the routed experts (default: all)",
     )
     recipe.add_argument(
-        "--rank", type=int, metavar="N", help="this rank in all layers, in place of a ratio"
+        "--rank",
+        type=int,
+        metavar="N",
+        help="this rank (narrow: width) in all layers, in place of a ratio",
     )
     recipe.add_argument(
         "--method",
         choices=METHODS,
-        help="default: auto, which is latent in all layers for now",
+        help="default: auto, which chooses dense, narrow or latent and its size for each layer",
     )
     recipe.add_argument(
         "--layers", metavar="I,J-K", help="factor only these layers (default: all MoE layers)"
@@ -162,6 +163,24 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         "--nearest",
         action="store_true",
         help="drop: if whole experts cannot meet the ratio, remove up to one expert more",
+    )
+    recipe.add_argument(
+        "--refit-steps",
+        type=int,
+        metavar="N",
+        help="auto, narrow, latent: gradient steps per layer towards the dense output, 0 for none "
+        "(auto: 300, others: 0)",
+    )
+    recipe.add_argument(
+        "--base",
+        choices=BASES,
+        help="d2-moe: what the shared base is; fisher is refused with the reason (regmean)",
+    )
+    recipe.add_argument(
+        "--base-prune", type=float, metavar="S", help="d2-moe: share of the base's neurons cut (0)"
+    )
+    recipe.add_argument(
+        "--share-v", action="store_true", help="d2-moe: one V for the deltas of all experts"
     )
     recipe.add_argument(
         "--calibration",

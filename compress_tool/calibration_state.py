@@ -126,7 +126,7 @@ class CalibrationFolder:
 
     def write_hidden(self, layer: int, hidden_NSD: torch.Tensor) -> None:
         """Make `layer` count as done; only then forget the layer before it."""
-        write_file(self._hidden_file(layer), _byte_chunks(hidden_NSD))
+        write_file(self._hidden_file(layer), byte_chunks(hidden_NSD))
         for file in self.path.glob("hidden-*"):
             if file != self._hidden_file(layer):
                 file.unlink()
@@ -146,7 +146,8 @@ class CalibrationFolder:
         return self.path / f"hidden-{layer:05}.bin"
 
 
-def _byte_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+def byte_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The raw bytes of a tensor, in pieces that `write_file` takes."""
     array: Any = tensor.contiguous().view(torch.uint8).numpy()
     data = memoryview(array).cast("B")
     for start in range(0, data.nbytes, WRITE_CHUNK_BYTES):

@@ -14,13 +14,28 @@ from typing import Any, Final
 
 import yaml
 
-from compress_tool.errors import InputError, UsageError
+from compress_tool.errors import InputError, UnsupportedError, UsageError
 
-METHODS: Final = ("auto", "latent", "shared-v", "svd", "moe-svd", "asvd", "svd-llm", "drop")
+METHODS: Final = (
+    "auto",
+    "latent",
+    "shared-v",
+    "svd",
+    "moe-svd",
+    "asvd",
+    "svd-llm",
+    "drop",
+    "narrow",
+    "d2-moe",
+)
 RATIO_BASES: Final = ("all", "experts")
 STORE_DTYPES: Final = ("source", "float32", "bfloat16", "float16")
 COMBINES: Final = ("eq8", "alg3", "mean", "frequency")
+BASES: Final = ("regmean", "mean", "frequency", "fisher")
 WHITENINGS: Final = ("top", "expert")
+REFIT_METHODS: Final = ("auto", "narrow", "latent")
+AUTO_REFIT_STEPS: Final = 300
+"""Ten passes over the default calibration; on pocket-mixtral twice as many gain a tenth more."""
 MAX_RECIPE_BYTES: Final = 2**20
 
 
@@ -32,7 +47,8 @@ class Recipe:
     the routed experts. With `rank`, all chosen layers take that rank and no ratio is kept.
     `layers` limits which layers are factored. `k`, `combine`, `whitening` and `layer_rank_share`
     belong to moe-svd, `groups` to moe-svd and shared-v, `centre` to latent, `alpha` to asvd,
-    `nearest` to drop.
+    `nearest` to drop, `base`, `base_prune` and `share_v` to d2-moe, `refit_steps` to auto, narrow
+    and latent (None: the method's own). With `rank`, auto is latent; for narrow it is the width.
     """
 
     method: str = "auto"
@@ -48,6 +64,10 @@ class Recipe:
     centre: bool = False
     alpha: float = 0.5
     nearest: bool = False
+    refit_steps: int | None = None
+    base: str = "regmean"
+    base_prune: float = 0.0
+    share_v: bool = False
     calibration: tuple[str, ...] = ()
     samples: int = 128
     seq_len: int = 512
@@ -61,6 +81,14 @@ class Recipe:
         _choice("combine", self.combine, COMBINES)
         _choice("whitening", self.whitening, WHITENINGS)
         _choice("dtype", self.dtype, STORE_DTYPES)
+        _choice("base", self.base, BASES)
+        if self.base == "fisher":
+            raise UnsupportedError(
+                "--base fisher needs gradients of the loss through the whole model, which this "
+                "tool never holds in memory; use regmean, the closed form from forward statistics"
+            )
+        if not 0 <= self.base_prune < 1:
+            raise UsageError(f"--base-prune is {self.base_prune:g}, expected a share below 1")
         if self.ratio is None and self.rank is None:
             raise UsageError("say how much to remove: --ratio (0 < R < 1), or --rank")
         if self.ratio is not None and self.rank is not None:
@@ -81,6 +109,8 @@ class Recipe:
             )
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"--alpha is {self.alpha:g}, expected a number from 0 to 1")
+        if self.refit_steps is not None and self.refit_steps < 0:
+            raise UsageError(f"--refit-steps is {self.refit_steps}, expected 0 (none) or more")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}, expected 0 or more")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
@@ -99,6 +129,10 @@ class Recipe:
             "centre": ("auto", "latent"),
             "alpha": ("asvd",),
             "nearest": ("drop",),
+            "base": ("d2-moe",),
+            "base_prune": ("d2-moe",),
+            "share_v": ("d2-moe",),
+            "refit_steps": REFIT_METHODS,
         }
         for name, methods in owners.items():
             if getattr(self, name) != defaults[name] and self.method not in methods:
@@ -106,6 +140,13 @@ class Recipe:
                     f"{_flag(name)} belongs to --method {' or '.join(methods)}, "
                     f"not to {self.method}"
                 )
+
+    @property
+    def num_refit_steps(self) -> int:
+        """Gradient steps per layer: what the recipe says, else the method's default."""
+        if self.refit_steps is not None:
+            return self.refit_steps
+        return AUTO_REFIT_STEPS if self.method == "auto" and self.rank is None else 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; `recipe_from` is the inverse."""

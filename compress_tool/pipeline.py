@@ -39,11 +39,13 @@ from compress_tool.sizing import (
     store_dtype,
 )
 from compress_tool.solve import activation_of, layer_problem, solve_layer
+from compress_tool.trajectory import Trajectory
 from compress_tool.verify import verify
 from compress_tool.writer import OutputFolder
 
 SCANNED_FILE = "scanned"
 REPORT_FILE = "report.json"
+TRAJECTORY_FOLDER = "trajectory"
 MAX_STATE_BYTES = 2**20
 
 
@@ -100,8 +102,17 @@ def run(
                 resume=resume or statistics is not None,
                 device=device,
             )
-            plan = final_plan(checkpoint, recipe, layers, directory, folder.state, progress)
-            entries = _factor_layers(checkpoint, recipe, plan, directory, folder, progress, device)
+            ids_NS = windows.ids_NS
+            plan = final_plan(
+                checkpoint, recipe, layers, directory, folder.state, progress, ids_NS, device
+            )
+            trajectory = None
+            if recipe.num_refit_steps > 0:
+                path = folder.state / TRAJECTORY_FOLDER
+                trajectory = Trajectory(checkpoint, ids_NS, path, recipe.batch_size, device)
+            entries = _factor_layers(
+                checkpoint, recipe, plan, directory, folder, progress, device, trajectory
+            )
         except NumericsError:
             # The same numbers would come again: no --resume could complete this run.
             folder.discard()
@@ -130,17 +141,27 @@ def _factor_layers(
     folder: OutputFolder,
     progress: ProgressCallback,
     device: str,
+    trajectory: Trajectory | None,
 ) -> dict[int, dict[str, Any]]:
-    """Factor and write every layer that is not on disk yet; returns the manifest entries."""
+    """Factor and write every layer that is not on disk yet; returns the manifest entries.
+
+    With a trajectory each layer is solved behind the compressed prefix, else on the statistics.
+    """
     activation = activation_of(checkpoint)
     entries: dict[int, dict[str, Any]] = {}
     for layer in range(checkpoint.num_layers):
         progress("factor", layer, checkpoint.num_layers, f"layer {layer}")
         if not folder.has_layer(layer):
-            if layer in checkpoint.moe_layers:
+            spec, drift_TD = plan.specs.get(layer), None
+            if spec is not None and trajectory is not None:
+                task = trajectory.task(layer)
+                statistics, drift_TD = task.statistics, task.drift_TD
+            elif layer in checkpoint.moe_layers:
                 statistics = LayerStatistics.load(statistics_file(directory, layer))
-            spec = plan.specs.get(layer)
             if spec is None:
+                if trajectory is not None:
+                    trajectory.run_dense(layer)
+                    trajectory.commit(layer, None)
                 counts = statistics.counts_E.tolist() if layer in checkpoint.moe_layers else []
                 folder.save_layer_shard(
                     layer, checkpoint, None, {"form": "dense", "counts": counts}
@@ -151,13 +172,17 @@ def _factor_layers(
                     folder.save_parts(layer, *drop_layer(checkpoint, layer, spec, problem))
                     entries[layer] = folder.layer_entry(layer)
                     continue
-                solved = solve_layer(checkpoint, recipe, layer, spec, problem)
+                solved = solve_layer(checkpoint, recipe, layer, spec, problem, drift_TD)
+                if trajectory is not None:
+                    trajectory.commit(layer, solved.change_TD)
                 assert solved.factors.spec == spec, "the plan's sizes are a promise"
                 dtype = store_dtype(checkpoint, recipe, layer)
                 tensors = pack_layer(
                     solved.factors, checkpoint.family, checkpoint.shape, layer, dtype
                 )
                 folder.save_layer_shard(layer, checkpoint, tensors, solved.entry)
+            if trajectory is not None:
+                trajectory.forget(layer)
         entries[layer] = folder.layer_entry(layer)
     folder.carry_over(checkpoint)
     progress("factor", checkpoint.num_layers, checkpoint.num_layers, "")

@@ -133,11 +133,29 @@ def plan_ranks(
             return {layer: rules[layer].make_spec(*ranks[layer]) for layer in sorted(rules)}
     assert best is not None, "rank 1 everywhere fits, so step 1 gives a plan"
     below = budget.achieved(dense - _total(rules, best))
+    sizes = [size for rule in rules.values() for size in (rule.gate_up, rule.down) if size > 0]
     raise ResourceError(
         f"ratio {budget.ratio:g} cannot be met within {RATIO_WINDOW:g}: the smallest change of a "
-        f"rank moves {min(min(r.gate_up, r.down) for r in rules.values())} parameters of "
+        f"rank moves {min(sizes)} parameters of "
         f"{budget.base_params}, and the nearest reachable ratio above is {below:.4f}; ask for that"
     )
+
+
+def plan_width(budget: Budget, rules: Mapping[int, SizeRule]) -> dict[int, LayerSpec] | None:
+    """One width for all layers, or None if no width lands in the window.
+
+    Widths are multiples of the largest step that lands there. One width for all keeps a narrow
+    checkpoint an ordinary one.
+    """
+    dense = budget.dense_layer_params * len(rules)
+    most = dense - ceil(budget.ratio * budget.base_params - 1e-6)
+    least = dense - floor((budget.ratio + RATIO_WINDOW) * budget.base_params + 1e-6)
+    per_neuron = sum(rule.gate_up for rule in rules.values())
+    for step in RANK_STEPS:
+        width = most // (per_neuron * step) * step
+        if width > 0 and width * per_neuron >= least:
+            return {layer: rule.make_spec(width, width) for layer, rule in sorted(rules.items())}
+    return None
 
 
 def _fill(

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+import torch
+
+from compress_tool.auto_plan import auto_specs
 from compress_tool.calibration import ProgressCallback
 from compress_tool.calibration_state import statistics_file
 from compress_tool.checkpoint import Checkpoint
@@ -19,7 +22,15 @@ from compress_tool.durable import write_file
 from compress_tool.factorize.sensitivity import layer_sensitivity
 from compress_tool.folder import read_json_object
 from compress_tool.layer_stats import LayerStatistics
-from compress_tool.sizing import SizePlan, max_ranks, method_rule, plan_sizes
+from compress_tool.probe import probe_layers
+from compress_tool.sizing import (
+    SizePlan,
+    budget,
+    max_ranks,
+    method_rule,
+    plan_sizes,
+    size_plan,
+)
 from compress_tool.solve import activation_of, layer_problem
 
 SENSITIVITY_FILE: Final = "sensitivity.json"
@@ -40,8 +51,21 @@ def final_plan(
     directory: Path,
     state: Path,
     progress: ProgressCallback,
+    ids_NS: torch.Tensor,
+    device: str,
 ) -> SizePlan:
-    """The plan that is carried out; for moe-svd, after routing and sensitivity are known."""
+    """The plan that is carried out.
+
+    For moe-svd it needs routing and sensitivity, for auto the measured losses of single layers on
+    the calibration windows `ids_NS`.
+    """
+    if recipe.method == "auto" and recipe.rank is None:
+        probes = probe_layers(
+            checkpoint, recipe, layers, ids_NS, directory, state, progress, device
+        )
+        asked, refitted = budget(checkpoint, recipe), recipe.num_refit_steps > 0
+        specs = auto_specs(checkpoint, asked, probes, centre=recipe.centre, refitted=refitted)
+        return size_plan(checkpoint, recipe, specs)
     if recipe.method != "moe-svd":
         return plan_sizes(checkpoint, recipe, layers)
     frequency = {

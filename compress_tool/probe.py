@@ -1,9 +1,9 @@
 """What a layer costs the model: KL of the logits with this layer alone compressed. Measured.
 
-Every MoE layer is compressed alone to a few sizes (`ProbeSpecs`), on the first calibration
-sequences, and the model is run to its end on the last ones. The layers after it are loaded once
-for all sizes, so L layers load L²/2 layers from disk and run 7 L²/2 layers on PROBE_TOKENS tokens.
-The result of each layer is on disk before the next one starts.
+Every MoE layer is compressed alone to the sizes of `probe_widths` and `probe_ranks`, on some
+calibration sequences, and the model is run to its end on others. The layers after it are loaded
+once for all sizes: L layers load L²/2 layers from disk and run each on PROBE_TOKENS tokens
+six times. The result of each layer is on disk before the next one starts.
 
 Memory: the hidden states of the probed tokens once per size, one decoder layer, one solver.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -26,19 +26,16 @@ from compress_tool.durable import write_file
 from compress_tool.factorize.latent import solve_latent
 from compress_tool.factorize.narrow import solve_narrow
 from compress_tool.factorize.problem import LayerProblem, routed_output
-from compress_tool.factors import LatentFactors, LayerFactors
+from compress_tool.factors import LayerFactors
 from compress_tool.folder import read_json_object
 from compress_tool.layer_stats import LayerStatistics
-from compress_tool.packing import folded_factors
-from compress_tool.solve import activation_of, layer_problem
+from compress_tool.sizing import PROBE_TOKENS
+from compress_tool.solve import activation_of, layer_problem, stored_output
 from compress_tool.streaming import StreamedModel
 from vllm_moesvd.format import MoEShape
 
 PROBE_FILE: Final = "probes.json"
 MAX_STATE_BYTES: Final = 2**24
-
-PROBE_TOKENS: Final = 8192
-"""Tokens on which the KL is measured. Candidates of a layer share them, so that noise cancels."""
 
 FIT_TOKENS: Final = 32768
 """Tokens a probed layer is solved on, at most: the curve needs no more."""
@@ -58,6 +55,28 @@ def probe_widths(shape: MoEShape) -> tuple[int, ...]:
 def probe_ranks(shape: MoEShape) -> tuple[int, ...]:
     """Ranks probed in the latent form at full width, largest first, without repetition."""
     return tuple(dict.fromkeys(max(1, int(share * shape.hidden_size)) for share in RANK_SHARES))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceSplit:
+    """Numbers of the sequences that a probed layer is solved on, and of those it is judged on."""
+
+    fitted: tuple[int, ...]
+    probed: tuple[int, ...]
+
+
+def split_sequences(num_sequences: int, seq_len: int) -> SequenceSplit:
+    """Both parts evenly spread: sequences follow the text, whose end may be about other things.
+
+    They are disjoint unless there is one sequence only. Example: 5 sequences of 8192 tokens give
+    probed 4 and fitted 0, 1, 2, 3 (at most FIT_TOKENS).
+    """
+    count = max(1, min(num_sequences // 4, PROBE_TOKENS // seq_len))
+    probed = tuple((i + 1) * num_sequences // count - 1 for i in range(count))
+    others = [i for i in range(num_sequences) if i not in probed] or list(probed)
+    kept = min(len(others), max(1, FIT_TOKENS // seq_len))
+    fitted = tuple(others[i * len(others) // kept] for i in range(kept))
+    return SequenceSplit(fitted=fitted, probed=probed)
 
 
 def probe_layers(
@@ -84,10 +103,9 @@ def probe_layers(
     if not missing:
         return known
     num_sequences, seq_len = ids_NS.shape
-    # A single sequence is fitted and probed: better than nothing to go by.
-    num_probed = max(1, min(num_sequences // 4, PROBE_TOKENS // seq_len))
-    probed_NS = ids_NS[num_sequences - num_probed :]
-    fit_tokens = min(max(1, num_sequences - num_probed) * seq_len, FIT_TOKENS)
+    split = split_sequences(num_sequences, seq_len)
+    probed_NS = ids_NS[list(split.probed)]
+    fitted_T = (torch.tensor(split.fitted)[:, None] * seq_len + torch.arange(seq_len)).flatten()
     activation = activation_of(checkpoint)
     model = StreamedModel(checkpoint, device=device)
     entering_NSD = model.embed_all(probed_NS, recipe.batch_size)
@@ -98,7 +116,7 @@ def probe_layers(
         if layer not in missing:
             model.run_layer(layer, entering_NSD, recipe.batch_size)
             continue
-        statistics = _first(LayerStatistics.load(statistics_file(directory, layer)), fit_tokens)
+        statistics = _rows(LayerStatistics.load(statistics_file(directory, layer)), fitted_T)
         problem = layer_problem(checkpoint, recipe, layer, statistics, activation, device)
         routed = observed_layer(model, layer, entering_NSD, recipe.batch_size, checkpoint.shape)
         names, states = [], []
@@ -134,19 +152,6 @@ def observed_layer(
     )
 
 
-def stored_output(problem: LayerProblem, factors: LayerFactors) -> torch.Tensor:
-    """The routed output [T, D] of factors as they will be stored, bias included."""
-    dtype = problem.store_dtype
-
-    def stored(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return folded_factors(factors, expert, dtype)
-
-    y_TD = routed_output(problem.statistics, stored, problem.activation)
-    if isinstance(factors, LatentFactors) and factors.bias_D is not None:
-        y_TD += factors.bias_D.to(dtype).float().cpu()
-    return y_TD
-
-
 def _probes(problem: LayerProblem) -> list[tuple[str, LayerFactors]]:
     """The layer compressed alone to each probed size, by the closed forms."""
     widths = probe_widths(problem.shape)
@@ -160,12 +165,11 @@ def _probes(problem: LayerProblem) -> list[tuple[str, LayerFactors]]:
     return probes
 
 
-def _first(statistics: LayerStatistics, num_tokens: int) -> LayerStatistics:
-    rows = slice(0, num_tokens)
+def _rows(statistics: LayerStatistics, token_n: torch.Tensor) -> LayerStatistics:
     return LayerStatistics(
-        x_TD=statistics.x_TD[rows],
-        index_TK=statistics.index_TK[rows],
-        gate_TK=statistics.gate_TK[rows],
+        x_TD=statistics.x_TD[token_n],
+        index_TK=statistics.index_TK[token_n],
+        gate_TK=statistics.gate_TK[token_n],
         num_experts=statistics.num_experts,
     )
 
@@ -179,5 +183,3 @@ def _kl(model: StreamedModel, dense_NSD: torch.Tensor, hidden_NSD: torch.Tensor)
         log_q = model.logits(hidden_NSD[rows])[0].double().log_softmax(dim=-1)
         total += float((log_p.exp() * (log_p - log_q)).sum())
     return max(0.0, total / dense_NSD.shape[:2].numel())
-
-

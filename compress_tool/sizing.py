@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
@@ -16,14 +16,30 @@ from compress_tool.checkpoint import TORCH_DTYPES, Checkpoint
 from compress_tool.config import Recipe
 from compress_tool.dropping import plan_drop
 from compress_tool.errors import UsageError
+from compress_tool.factorize.d2_moe import BaseKind, D2Options
 from compress_tool.factorize.moe_svd import MoESVDOptions, trimmed_slots
+from compress_tool.factorize.refit import BATCH_TOKENS
 from compress_tool.factorize.shared_v import contiguous_groups
 from compress_tool.plain import DropSpec, PlannedSpec
-from compress_tool.plan import Budget, MakeSpec, SizeRule, plan_ranks, size_rule, spec_params
+from compress_tool.plan import (
+    Budget,
+    MakeSpec,
+    SizeRule,
+    plan_ranks,
+    plan_width,
+    size_rule,
+    spec_params,
+)
 from vllm_moesvd.format import FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 
 PER_EXPERT_METHODS: Final = ("svd", "asvd", "svd-llm")
 """Methods that give every expert U and V of its own."""
+
+PROBE_TOKENS: Final = 8192
+"""Tokens on which auto measures the KL of a layer compressed alone."""
+
+SIZES_PER_LAYER: Final = 6
+"""Sizes at which it does."""
 
 BASE_MEMORY_BYTES: Final = 700 * 2**20
 """Resident size of Python with torch and transformers imported, before any work."""
@@ -81,6 +97,18 @@ def moe_svd_options(recipe: Recipe) -> MoESVDOptions:
     )
 
 
+def d2_options(recipe: Recipe, width: int) -> D2Options:
+    """The switches of d2-moe for a base of `width` neurons."""
+    kinds: dict[str, BaseKind] = {"regmean": "regmean", "mean": "mean", "frequency": "frequency"}
+    return D2Options(base=kinds[recipe.base], base_width=width, share_v=recipe.share_v)
+
+
+def base_width(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Neurons of the d2-moe base that are kept; at least one."""
+    width = checkpoint.shape.expert_width
+    return max(1, width - round(recipe.base_prune * width))
+
+
 def chosen_layers(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, ...]:
     """The layers that may be factored: all MoE layers, or those of `--layers`."""
     if recipe.layers is None:
@@ -98,8 +126,12 @@ def max_ranks(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     """Ranks (gate/up, down) at which the method is exact."""
     shape = checkpoint.shape
     smaller = min(shape.hidden_size, shape.expert_width)
+    if _starts_narrow(recipe):
+        return shape.expert_width, shape.expert_width
     if recipe.method in ("auto", "latent"):
         return shape.hidden_size, shape.hidden_size
+    if recipe.method == "d2-moe" and recipe.share_v:
+        return shape.hidden_size, shape.expert_width
     if recipe.method == "shared-v" and recipe.groups < shape.num_experts:
         return shape.hidden_size, shape.expert_width
     return smaller, smaller
@@ -117,6 +149,12 @@ def method_rule(
     if recipe.groups > shape.num_experts:
         raise UsageError(f"--groups is {recipe.groups}, the model has {shape.num_experts} experts")
     experts = tuple(range(shape.num_experts))
+    if _starts_narrow(recipe):
+
+        def make_narrow(width: int, _: int) -> LayerSpec:
+            return NarrowSpec(width=width)
+
+        return size_rule(make_narrow, shape, checkpoint.family, max_ranks(checkpoint, recipe))
     if recipe.method in ("auto", "latent"):
 
         def make(rank_gate_up: int, rank_down: int) -> LayerSpec:
@@ -133,6 +171,9 @@ def method_rule(
             frequency_E = torch.arange(shape.num_experts, 0, -1)
         slots = trimmed_slots(frequency_E.double(), moe_svd_options(recipe))
         make_factored = _factored(slots.expert_slot, slots.slot_group)
+    elif recipe.method == "d2-moe":
+        groups = (0,) * shape.num_experts if recipe.share_v else experts
+        make_factored = _factored(experts, groups, base_width=base_width(checkpoint, recipe))
     elif recipe.method in PER_EXPERT_METHODS or recipe.groups == shape.num_experts:
         make_factored = _factored(experts, experts, is_svd=True)
     else:
@@ -146,7 +187,10 @@ def plan_sizes(
     layers: Sequence[int],
     frequency: Mapping[int, torch.Tensor] | None = None,
 ) -> SizePlan:
-    """Choose the ranks of `layers`; raises ResourceError if the asked ratio cannot be kept."""
+    """Choose the ranks of `layers`; raises ResourceError if the asked ratio cannot be kept.
+
+    For auto this is a forecast, one width for all layers: `final_plan` decides layer by layer.
+    """
     if recipe.method == "drop":
         return size_plan(checkpoint, recipe, plan_drop(checkpoint, recipe, layers))
     rules = {
@@ -164,7 +208,11 @@ def plan_sizes(
         return size_plan(
             checkpoint, recipe, {layer: rule.make_spec(*ranks) for layer, rule in rules.items()}
         )
-    return size_plan(checkpoint, recipe, plan_ranks(budget(checkpoint, recipe), rules))
+    asked = budget(checkpoint, recipe)
+    specs = None
+    if _starts_narrow(recipe):
+        specs = plan_width(asked, rules)
+    return size_plan(checkpoint, recipe, plan_ranks(asked, rules) if specs is None else specs)
 
 
 def budget(checkpoint: Checkpoint, recipe: Recipe) -> Budget:
@@ -224,8 +272,13 @@ def num_calibration_tokens(recipe: Recipe) -> int:
 
 
 def planned_disk_bytes(checkpoint: Checkpoint, plan: SizePlan, num_tokens: int) -> int:
-    """Disk that a run needs at its peak: the statistics and the output beside each other."""
-    return plan.bytes_after + calibration_bytes(checkpoint, num_tokens, torch.float32)
+    """Disk that a run needs at its peak: the statistics and the output beside each other.
+
+    Sequential calibration adds the hidden states of two models behind two layers.
+    """
+    trajectory = 4 * num_tokens * checkpoint.shape.hidden_size * 4
+    statistics = calibration_bytes(checkpoint, num_tokens, torch.float32)
+    return plan.bytes_after + statistics + trajectory
 
 
 def forecast_memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int:
@@ -243,9 +296,12 @@ def forecast_memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: in
         (checkpoint.tensors[name].num_params for name in checkpoint.outer_tensors()), default=0
     )
     calibration = states + max(4 * layer_params, 4 * outer) + source_bytes + batch
-    uses_neurons = recipe.method not in ("auto", "latent")
+    uses_neurons = recipe.method != "latent"
     side = max(shape.hidden_size, shape.expert_width if uses_neurons else 0)
     solver = 3 * states + 6 * 8 * side * side + 2 * 4 * layer_params + source_bytes
+    if recipe.num_refit_steps > 0:
+        # Two trajectories and their difference; parameters, gradients, two moments, both results.
+        solver += 4 * states + 5 * 4 * layer_params
     return BASE_MEMORY_BYTES + max(calibration, solver)
 
 
@@ -258,21 +314,43 @@ def forecast_flops(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> f
     outside = 2.0 * num_tokens * (checkpoint.total_params - checkpoint.routed_params)
     per_layer = 3 * expert_pass
     per_layer += 2.0 * routed * d * d * 2 + 2.0 * shape.num_experts * f * d * d * 3 + 20.0 * d**3
-    if recipe.method not in ("auto", "latent"):
+    if recipe.method != "latent":
         per_layer += 2.0 * routed * f * f * 2 + 20.0 * f**3
+    # Six per multiply-add of a token's experts: forward and backward.
+    batch = min(BATCH_TOKENS, num_tokens)
+    per_layer += recipe.num_refit_steps * 18.0 * batch * shape.top_k * d * f
+    if recipe.num_refit_steps > 0:
+        per_layer += 2 * expert_pass
+    if recipe.method == "auto" and recipe.rank is None:
+        probed = min(PROBE_TOKENS, num_tokens) * SIZES_PER_LAYER / 2
+        per_layer += 2.0 * probed * shape.top_k * 3 * d * f * len(checkpoint.moe_layers)
     return per_layer * len(checkpoint.moe_layers) + outside
 
 
+def _starts_narrow(recipe: Recipe) -> bool:
+    """Whether the sizes known before any statistics are widths."""
+    return recipe.method == "narrow" or (recipe.method == "auto" and recipe.rank is None)
+
+
 def _factored(
-    expert_slot: tuple[int, ...], slot_group: tuple[int, ...], *, is_svd: bool = False
+    expert_slot: tuple[int, ...],
+    slot_group: tuple[int, ...],
+    *,
+    is_svd: bool = False,
+    base_width: int = 0,
 ) -> MakeSpec:
+    form: Literal["shared-v", "svd", "base-delta"] = "svd" if is_svd else "shared-v"
+    if base_width:
+        form = "base-delta"
+
     def make(rank_gate_up: int, rank_down: int) -> LayerSpec:
         return FactoredSpec(
             rank_gate_up=rank_gate_up,
             rank_down=rank_down,
             expert_slot=expert_slot,
             slot_group=slot_group,
-            form="svd" if is_svd else "shared-v",
+            base_width=base_width,
+            form=form,
         )
 
     return make

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from compress_tool.checkpoint import Checkpoint
 from compress_tool.config import Recipe
 from compress_tool.errors import NumericsError
+from compress_tool.factorize.d2_moe import solve_d2_moe
 from compress_tool.factorize.latent import LatentSolution, solve_latent
 from compress_tool.factorize.moe_svd import solve_moe_svd
+from compress_tool.factorize.narrow import NarrowSolution, solve_narrow
 from compress_tool.factorize.per_expert import solve_per_expert
 from compress_tool.factorize.problem import (
     Activation,
@@ -20,12 +22,13 @@ from compress_tool.factorize.problem import (
     relative_error,
     routed_output,
 )
+from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import SharedSolution, solve_shared_v
-from compress_tool.factors import LatentFactors, LayerFactors
+from compress_tool.factors import LatentFactors, LayerFactors, NarrowFactors
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.packing import folded_expert, folded_factors
-from compress_tool.sizing import moe_svd_options, store_dtype
-from compress_tool.weight_error import layer_weight_error
+from compress_tool.sizing import d2_options, moe_svd_options, store_dtype
+from compress_tool.weight_error import keeps_order, layer_weight_error
 from vllm_moesvd.format import LatentSpec, LayerSpec, NarrowSpec
 
 
@@ -34,12 +37,15 @@ class SolvedLayer:
     """Factors in fp32 and the layer's entry in the manifest and the report (JSON values).
 
     `predicted_loss` is the sum of two tail shares: of the routed gate/up energy and of the down
-    (or output) energy behind the ranks. It is None for the printed method, which predicts nothing.
+    (or output) energy behind the ranks, and of what narrowing loses. It is None for the printed
+    method, which predicts nothing. `change_TD` is the rounded result's output on the problem's
+    tokens minus the dense layer's.
     """
 
     factors: LayerFactors
     predicted_loss: float | None
     entry: dict[str, Any]
+    change_TD: torch.Tensor
 
 
 def activation_of(checkpoint: Checkpoint) -> Activation:
@@ -77,23 +83,87 @@ def layer_problem(
 
 
 def solve_layer(
-    checkpoint: Checkpoint, recipe: Recipe, layer: int, spec: LayerSpec, problem: LayerProblem
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layer: int,
+    spec: LayerSpec,
+    problem: LayerProblem,
+    drift_TD: torch.Tensor | None = None,
 ) -> SolvedLayer:
-    """Factor one layer to `spec` and measure the rounded result on the calibration tokens.
+    """Factor one layer to `spec` and measure the rounded result on the problem's tokens.
 
+    `drift_TD` is what the refit has to make up for beside the layer's own output (`trajectory`).
     Raises NumericsError if a factor or the layer's output is not finite.
     """
-    assert not isinstance(spec, NarrowSpec)
     y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
     _check_finite(layer, {"the dense output": y_TD})
+    factors, entry = _closed_form(recipe, spec, problem, y_TD)
+    predicted = entry["predicted_loss"]
+    if recipe.num_refit_steps > 0 and isinstance(factors, LatentFactors | NarrowFactors):
+        target_TD = y_TD if drift_TD is None else y_TD + drift_TD
+        fitted = refit(
+            problem, factors, target_TD, steps=recipe.num_refit_steps, seed=recipe.seed + layer
+        )
+        factors = fitted.factors
+        entry["refit_error_before"] = fitted.error_before
+        entry["refit_error_after"] = fitted.error_after
+    dtype = problem.store_dtype
+    approximation_TD = stored_output(problem, factors)
+    _check_finite(layer, {f"the output of factors stored in {dtype}": approximation_TD})
+    entry["measured_loss"] = relative_error(y_TD, approximation_TD)
+    entry["counts"] = problem.statistics.counts_E.tolist()
+    entry["weight_error"] = None
+    if keeps_order(spec, problem.shape.expert_width):
+        entry["weight_error"] = layer_weight_error(
+            checkpoint, layer, lambda e: _on_cpu(folded_factors(factors, e, dtype))
+        )
+    return SolvedLayer(
+        factors=factors, predicted_loss=predicted, entry=entry, change_TD=approximation_TD - y_TD
+    )
+
+
+def stored_output(problem: LayerProblem, factors: LayerFactors) -> torch.Tensor:
+    """The routed output [T, D] of factors as they will be stored, bias included."""
+    dtype = problem.store_dtype
+
+    def stored(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return folded_factors(factors, expert, dtype)
+
+    y_TD = routed_output(problem.statistics, stored, problem.activation)
+    if isinstance(factors, LatentFactors) and factors.bias_D is not None:
+        y_TD += factors.bias_D.to(dtype).float().cpu()
+    return y_TD
+
+
+def _closed_form(
+    recipe: Recipe, spec: LayerSpec, problem: LayerProblem, y_TD: torch.Tensor
+) -> tuple[LayerFactors, dict[str, Any]]:
+    """The factors without a refit, and what the method knows about them."""
+    if isinstance(spec, NarrowSpec):
+        narrow = solve_narrow(problem, [spec.width])[0]
+        entry: dict[str, Any] = {
+            "form": spec.form,
+            "width": spec.width,
+            "predicted_loss": narrow.predicted_loss,
+        }
+        return narrow.factors, entry
     ranks = spec.rank_gate_up, spec.rank_down
+    entry = {"form": spec.form, "rank_gate_up": ranks[0], "rank_down": ranks[1]}
     solution: LatentSolution | SharedSolution | None = None
+    lost_neurons = 0.0
     factors: LayerFactors
     if isinstance(spec, LatentSpec):
+        if spec.width < problem.shape.expert_width:
+            narrowed = solve_narrow(problem, [spec.width])[0]
+            problem, lost_neurons = _narrowed(problem, narrowed), narrowed.predicted_loss
         solution = solve_latent(problem, y_TD, *ranks, centre=spec.bias)
         factors = solution.factors
+        entry["width"] = spec.width
     elif recipe.method == "moe-svd":
         factors = solve_moe_svd(problem, *ranks, moe_svd_options(recipe))
+    elif recipe.method == "d2-moe":
+        solution = solve_d2_moe(problem, *ranks, d2_options(recipe, spec.base_width))
+        factors = solution.factors
     elif recipe.method in ("asvd", "svd-llm"):
         alpha = recipe.alpha if recipe.method == "asvd" else None
         solution = solve_per_expert(problem, *ranks, alpha=alpha)
@@ -101,35 +171,30 @@ def solve_layer(
     else:
         solution = solve_shared_v(problem, *ranks, num_groups=spec.num_groups)
         factors = solution.factors
-    dtype = problem.store_dtype
-
-    def stored(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return folded_factors(factors, expert, dtype)
-
-    approximation_TD = routed_output(problem.statistics, stored, problem.activation)
-    if isinstance(factors, LatentFactors) and factors.bias_D is not None:
-        approximation_TD += factors.bias_D.to(dtype).float().cpu()
-    _check_finite(layer, {f"the output of factors stored in {dtype}": approximation_TD})
-    predicted = None if solution is None else solution.predicted_gate_up + solution.predicted_down
-    entry: dict[str, Any] = {
-        "form": spec.form,
-        "rank_gate_up": ranks[0],
-        "rank_down": ranks[1],
-        "predicted_loss": predicted,
-        "measured_loss": relative_error(y_TD, approximation_TD),
-        "weight_error": layer_weight_error(checkpoint, layer, lambda e: _on_cpu(stored(e))),
-        "counts": problem.statistics.counts_E.tolist(),
-    }
     if not isinstance(spec, LatentSpec):
         entry["distinct_experts"] = spec.num_slots
+    entry["predicted_loss"] = None
     if solution is not None:
+        entry["predicted_loss"] = (
+            solution.predicted_gate_up + solution.predicted_down + lost_neurons
+        )
         entry["spectrum_gate_up"] = _rounded(solution.spectrum_gate_up)
         entry["spectrum_down"] = _rounded(solution.spectrum_down)
         entry["predicted_gate_up"] = solution.predicted_gate_up
         entry["predicted_down"] = solution.predicted_down
         entry["random_floor_gate_up"] = solution.random_floor_gate_up
         entry["random_floor_down"] = solution.random_floor_down
-    return SolvedLayer(factors=factors, predicted_loss=predicted, entry=entry)
+    return factors, entry
+
+
+def _narrowed(problem: LayerProblem, solution: NarrowSolution) -> LayerProblem:
+    """The same tokens, with the narrowed experts in the place of the dense ones."""
+    factors = solution.factors
+
+    def experts(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return factors.gate_EFD[expert], factors.up_EFD[expert], factors.down_EDF[expert]
+
+    return replace(problem, experts=experts)
 
 
 def _check_finite(layer: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -44,9 +44,13 @@ def solve_latent(
     *,
     centre: bool = False,
 ) -> LatentSolution:
-    """Factor one layer in the latent form; `y_TD` is its dense routed output."""
+    """Factor one layer in the latent form; `y_TD` is its dense routed output.
+
+    The cores have as many neurons as `problem.experts` gives: fewer than the dense layer's if the
+    problem is one of narrowed experts.
+    """
     experts = range(problem.shape.num_experts)
-    width = problem.shape.expert_width
+    width = problem.experts(0)[0].shape[0]
     gate_up = solve_shared_basis(
         experts,
         problem.input_rows,

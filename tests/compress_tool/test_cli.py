@@ -29,7 +29,8 @@ FLAGS = {
 RECIPE_FLAGS = {
     "--recipe", "--ratio", "--ratio-of", "--rank", "--method", "--layers", "--groups", "--k",
     "--combine", "--whitening", "--layer-rank-share", "--centre", "--alpha", "--nearest",
-    "--calibration", "--samples", "--seq-len", "--batch-size", "--seed", "--dtype",
+    "--refit-steps", "--base", "--base-prune", "--share-v", "--calibration",
+    "--samples", "--seq-len", "--batch-size", "--seed", "--dtype",
 }  # fmt: skip
 FLAGS["plan"] = {"--json"} | RECIPE_FLAGS
 FLAGS["run"] = {"--json", "--resume", "--stats", "--device"} | RECIPE_FLAGS
@@ -64,8 +65,9 @@ def run_json(capsys, *words: str | Path) -> dict:
 
 
 def test_plan_and_run_agree_on_every_size(capsys, source: Path, tmp_path: Path):
-    planned = run_json(capsys, "plan", source, "--ratio", "0.3", *SMALL)
-    ran = run_json(capsys, "run", source, tmp_path / "out", "--ratio", "0.3", *SMALL)
+    asked = ["--method", "latent", "--ratio", "0.3", *SMALL]
+    planned = run_json(capsys, "plan", source, *asked)
+    ran = run_json(capsys, "run", source, tmp_path / "out", *asked)
     keys = ("total_params_before", "total_params_after", "ratio", "bytes_before", "bytes_after")
     assert {k: planned[k] for k in keys} == {k: ran[k] for k in keys}
     assert 0.3 <= ran["ratio"] <= 0.305
@@ -90,7 +92,8 @@ def test_plan_of_the_true_mixtral_keeps_forty_percent(capsys, tmp_path: Path):
         dtype="bfloat16", max_position_embeddings=32768,
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    plan = run_json(capsys, "plan", tmp_path / "config.json", "--ratio", "0.40")
+    words = ["plan", tmp_path / "config.json", "--ratio", "0.40", "--method", "latent"]
+    plan = run_json(capsys, *words)
     assert plan["total_params_before"] == 46_702_792_704
     assert plan["bytes_before"] == 2 * 46_702_792_704
     assert 0.40 <= plan["ratio"] <= 0.405

@@ -21,6 +21,9 @@ FACTORING = {
     "asvd": [],
     "plain-svd": ["--method", "asvd", "--alpha", "0"],
     "svd-llm": [],
+    "d2-moe": [],
+    "d2-moe-pruned": ["--method", "d2-moe", "--base", "frequency", "--base-prune", "0.5"],
+    "d2-moe-shared": ["--method", "d2-moe", "--base", "mean", "--share-v"],
 }
 
 
