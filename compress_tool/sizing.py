@@ -81,13 +81,14 @@ def layer_json(layer: int, spec: PlannedSpec) -> dict[str, Any]:
         return {"index": layer, "form": spec.form, "rank": None, "num_experts": spec.num_experts}
     if isinstance(spec, NarrowSpec):
         return {"index": layer, "form": spec.form, "rank": None, "width": spec.width}
-    return {
+    entry = {
         "index": layer,
         "form": spec.form,
         "rank": max(spec.rank_gate_up, spec.rank_down),
         "rank_gate_up": spec.rank_gate_up,
         "rank_down": spec.rank_down,
     }
+    return entry | ({"width": spec.width} if isinstance(spec, LatentSpec) else {})
 
 
 def moe_svd_options(recipe: Recipe) -> MoESVDOptions:

@@ -9,6 +9,9 @@ from typing import Any
 
 from compress_tool.units import bytes_text, clock_text, params_text
 
+MAX_SHOWN_GROUPS = 8
+"""Of layers with equal form and size; a longer list is in the report."""
+
 
 def inspect_text(result: Mapping[str, Any]) -> str:
     factored = result["factored_layers"]
@@ -86,14 +89,15 @@ def _layer_summary(layers: Sequence[Mapping[str, Any]]) -> str:
         indices = [layer["index"] for layer in group]
         span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}–{indices[-1]}"
         texts.append(f"{span} {description}")
-    shown = ", ".join(texts[:6])
-    return shown + (f", … ({len(layers)} layers)" if len(texts) > 6 else "")
+    shown = ", ".join(texts[:MAX_SHOWN_GROUPS])
+    return shown + (", …" if len(texts) > MAX_SHOWN_GROUPS else "")
 
 
 def _layer_form(layer: Mapping[str, Any]) -> str:
-    if layer.get("rank_gate_up") is None:
-        return str(layer["form"])
-    return f"{layer['form']} rank {layer['rank_gate_up']}/{layer['rank_down']}"
+    text = str(layer["form"])
+    if layer.get("rank_gate_up") is not None:
+        text += f" rank {layer['rank_gate_up']}/{layer['rank_down']}"
+    return text if layer.get("width") is None else f"{text} width {layer['width']}"
 
 
 def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
