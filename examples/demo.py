@@ -240,9 +240,9 @@ def print_table(dense: Measured, compressed: Measured) -> None:
     console.print(
         f"tokens/s: {len(TIMED_PROMPTS)} prompts at once, {TIMED_TOKENS} tokens each, one run "
         f"{where}, same engine settings. This model is tiny (hidden size 128): its time goes into "
-        "overhead, so the number says nothing about the speed of a large model. Its hidden size "
-        "is also what the default method shrinks, and 128 has little to spare: expect perplexity "
-        "to suffer more here than on a model of ordinary width.",
+        "overhead, so the number says nothing about the speed of a large model. At so small a "
+        "width, removing neurons costs less quality, and shrinking hidden states more, than on a "
+        "model of ordinary size.",
         style="dim",
     )
 
