@@ -113,13 +113,12 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Compile every kernel that serving can need: compiling while serving stalls requests."""
         if not kernels.can_run(layer.v_gate):
             return
-        tokens = 1
-        while tokens < 2 * self.max_tokens:
-            batch = min(tokens, self.max_tokens)
-            x_TD = layer.v_gate.new_zeros(batch, layer.v_gate.shape[2])
-            weights_TK = x_TD.new_zeros(batch, self.moe.experts_per_token, dtype=torch.float32)
+        from vllm_moesvd.kernels.forward import warm_up_batches
+
+        for tokens in reversed(warm_up_batches(self.max_tokens)):
+            x_TD = layer.v_gate.new_zeros(tokens, layer.v_gate.shape[2])
+            weights_TK = x_TD.new_zeros(tokens, self.moe.experts_per_token, dtype=torch.float32)
             self._apply_kernels(layer, x_TD, weights_TK, weights_TK.to(torch.int32))
-            tokens *= 2
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()

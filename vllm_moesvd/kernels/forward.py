@@ -53,6 +53,15 @@ class Factors:
                 )
 
 
+def warm_up_batches(max_tokens: int) -> list[int]:
+    """Numbers of tokens that together launch every program which up to `max_tokens` launch.
+
+    Four per power of two: a test compares the programs with those of the numbers between.
+    """
+    quarters = (2**i * q // 4 for i in range(max_tokens.bit_length()) for q in (4, 5, 6, 7))
+    return sorted({min(tokens, max_tokens) for tokens in quarters} | {max_tokens})
+
+
 def factored_experts(
     x_TD: torch.Tensor,
     ids_TK: torch.Tensor,
@@ -124,7 +133,7 @@ def factored_experts(
         num_row_blocks=z_blocks,
         parts=z_parts,
         blocks_3B=None if one_group else routing.groups_3B,
-        num_blocks=None if one_group else routing.num_blocks[1:],
+        num_blocks=None if one_group else routing.num_blocks.narrow(0, 1, 1),
         pair_N=None if one_group else routing.pair_N,
         gate_N=None,
         top_k=top_k,
@@ -132,7 +141,7 @@ def factored_experts(
     )
     if z_parts > 1:
         terms = _view(partial, z_parts, z_rows, 2 * r)
-        sum_rows(terms, z_out[0], num_terms=z_parts, position_N=None)
+        sum_rows(terms, z_out.squeeze(0), num_terms=z_parts, position_N=None)
     if exchange_z is not None:
         z = exchange_z(z)
     gate_up(
@@ -148,14 +157,14 @@ def factored_experts(
     grouped_linear(
         h_NF,
         (factors.v_down_GQF,),
-        w[None] if w_parts == 1 else _view(partial, w_parts, num_pairs, q),
+        w.unsqueeze(0) if w_parts == 1 else _view(partial, w_parts, num_pairs, q),
         tile=by_group.linear,
         block_m=by_group.block_m,
         num_rows=num_pairs,
         num_row_blocks=group_blocks,
         parts=w_parts,
         blocks_3B=routing.groups_3B,
-        num_blocks=routing.num_blocks[1:],
+        num_blocks=routing.num_blocks.narrow(0, 1, 1),
         pair_N=None,
         gate_N=None,
         top_k=top_k,
@@ -169,7 +178,7 @@ def factored_experts(
     grouped_linear(
         w,
         (factors.u_down_SDq,),
-        y_ND[None],
+        y_ND.unsqueeze(0),
         tile=by_slot.linear,
         block_m=by_slot.block_m,
         num_rows=num_pairs,
@@ -188,4 +197,4 @@ def factored_experts(
 
 def _view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
     """The first numbers of a flat buffer in another shape."""
-    return buffer[: prod(shape)].view(shape)
+    return buffer.narrow(0, 0, prod(shape)).view(shape)

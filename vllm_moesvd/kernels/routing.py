@@ -32,7 +32,9 @@ from vllm_moesvd.kernels.routing_kernels import (
 from vllm_moesvd.kernels.slots import SlotTable
 
 TILE_PAIRS: Final = 128
-"""Pairs per program. Ranks within a tile compare all pairs with all: 128² fits in registers."""
+"""Pairs per program, all compared with all. It holds 16 tokens of top-8 routing in one launch."""
+CHUNK_PAIRS: Final = 16
+"""Pairs that those of a tile are compared with at a time; 128 at once spill on every GPU."""
 SCAN_TILES: Final = 32
 """Tiles per step of the scan; 32 × 512 counters fit in the registers of 8 warps."""
 SCATTER_PAIRS: Final = 512
@@ -106,6 +108,7 @@ def align(
         "rank_ptr": slots.rank_E,
         "position_ptr": routing.position_N,
         "gate_ptr": routing.gate_N,
+        "key_ptr": routing.key_N,
         "count_ptr": routing.count_CS,
         "num_tokens": num_tokens,
         "num_experts": len(slots.rank_E),
@@ -116,6 +119,7 @@ def align(
         "K_PAD": triton.next_power_of_2(top_k),
         "TOKENS": tile_tokens,
         "S_PAD": s_pad,
+        "CHUNK": CHUNK_PAIRS,
         "MERGE": slots.merges,
     }
     blocks = {
@@ -131,12 +135,17 @@ def align(
         "G_PAD": triton.next_power_of_2(slots.num_groups),
         "slot_rows": routing.slot_rows,
         "group_rows": routing.group_rows,
-        "num_warps": 8,
     }
     if num_tiles == 1:
-        launching.launch(align_tile_kernel, (1,), **pairs | blocks, pair_ptr=routing.pair_N)
+        launching.launch(
+            align_tile_kernel,
+            (1,),
+            **pairs | blocks,
+            pair_ptr=routing.pair_N,
+            num_warps=4,
+        )
         return
-    launching.launch(count_kernel, (num_tiles,), **pairs, key_ptr=routing.key_N, num_warps=8)
+    launching.launch(count_kernel, (num_tiles,), **pairs, num_warps=4)
     launching.launch(
         scan_kernel,
         (1,),
@@ -144,6 +153,7 @@ def align(
         count_ptr=routing.count_CS,
         num_tiles=num_tiles,
         CHUNK=SCAN_TILES,
+        num_warps=8,
     )
     num_pairs = num_tokens * top_k
     launching.launch(

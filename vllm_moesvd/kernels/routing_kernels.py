@@ -57,11 +57,18 @@ def _keys(
 
 
 @triton.jit
-def _earlier_equal(rank, SIZE: tl.constexpr):
-    """How many earlier pairs of the tile have the same rank."""
-    i = tl.arange(0, SIZE)
-    equal = (rank[:, None] == rank[None, :]) & (i[None, :] < i[:, None])
-    return tl.sum(equal.to(tl.int32), axis=1)
+def _earlier_equal(key_ptr, rank, pair, begin, end, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """How many pairs from `begin` to `end`, before each pair, have its rank.
+
+    Compared with CHUNK pairs at a time, read back from memory: all at once spills registers.
+    """
+    earlier = tl.zeros([SIZE], dtype=tl.int32)
+    for start in range(begin, end, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        other_rank = tl.load(key_ptr + other, mask=other < end, other=-2)
+        equal = (rank[:, None] == other_rank[None, :]) & (other[None, :] < pair[:, None])
+        earlier += tl.sum(equal.to(tl.int32), axis=1)
+    return earlier
 
 
 @triton.jit
@@ -119,6 +126,7 @@ def align_tile_kernel(
     slots_ptr,  # (3, B) int32
     groups_ptr,  # (3, B) int32
     num_ptr,  # (2,) int32
+    key_ptr,  # (N,) int32, written: rank of each pair
     count_ptr,  # (1, S) int32, written: first position of each rank
     num_tokens,
     num_experts,
@@ -134,6 +142,7 @@ def align_tile_kernel(
     TOKENS: tl.constexpr,
     S_PAD: tl.constexpr,
     G_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     """Grid: (1,). The whole of the routing where one tile holds every pair, as when decoding."""
@@ -147,9 +156,11 @@ def align_tile_kernel(
     s = tl.arange(0, S_PAD)
     # Through memory: a table in registers would need a comparison of every pair with every slot.
     tl.store(count_ptr + s, first, mask=s < num_slots)
+    tl.store(key_ptr + pair, rank, mask=exists)
     tl.debug_barrier()
     start = tl.load(count_ptr + rank, mask=rank >= 0, other=0)
-    position = start + _earlier_equal(rank, size)
+    end = num_tokens * TOP_K
+    position = start + _earlier_equal(key_ptr, rank, pair, 0, end, size, CHUNK)
     tl.store(pair_ptr + position, pair, mask=rank >= 0)
     tl.store(position_ptr + pair, tl.where(rank >= 0, position, -1), mask=exists)
     tl.store(gate_ptr + pair, gate, mask=exists)
@@ -177,6 +188,7 @@ def count_kernel(
     K_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
     S_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     """Grid: (tiles,). Each program owns TOKENS tokens."""
@@ -187,8 +199,12 @@ def count_kernel(
         TOP_K, K_PAD, TOKENS, MERGE,
     )  # fmt: skip
     tl.store(key_ptr + pair, rank, mask=exists)
-    tl.store(position_ptr + pair, _earlier_equal(rank, size), mask=exists)
     tl.store(gate_ptr + pair, gate, mask=exists)
+    tl.debug_barrier()
+    begin = tile * TOKENS * TOP_K
+    end = tl.minimum(begin + TOKENS * TOP_K, num_tokens * TOP_K)
+    earlier = _earlier_equal(key_ptr, rank, pair, begin, end, size, CHUNK)
+    tl.store(position_ptr + pair, earlier, mask=exists)
     s = tl.arange(0, S_PAD)
     count = tl.histogram(tl.maximum(rank, 0), S_PAD, mask=rank >= 0)
     tl.store(count_ptr + tile.to(tl.int64) * num_slots + s, count, mask=s < num_slots)

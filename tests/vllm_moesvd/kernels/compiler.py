@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ class Program:
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    matrix_instructions: int
-    wide_copies: int
+    matrix_instructions: Counter[str]
+    """Tensor-core instructions by name: HMMA, HGMMA, UTCHMMA, v_mfma."""
+    wide_loads: int
+    """Loads of 16 bytes at once from global memory, straight to shared memory on NVIDIA."""
 
 
 def compile_launch(launch: Launch, arch: str, folder: Path) -> Program:
@@ -118,8 +121,8 @@ def _nvidia_program(ptx: str, cubin: bytes, arch: str, shared: int, folder: Path
         registers=int(registers[1]),
         spilled_bytes=sum(map(int, spills)),
         shared_bytes=shared,
-        matrix_instructions=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)", code)),
-        wide_copies=len(re.findall(r"LDGSTS\.E\.\S*128", code)),
+        matrix_instructions=Counter(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)", code)),
+        wide_loads=len(re.findall(r"LDGSTS\.E\.\S*128", code)),
     )
 
 
@@ -133,8 +136,8 @@ def _amd_program(assembly: str, shared: int) -> Program:
         registers=number("vgpr_count"),
         spilled_bytes=4 * (number("vgpr_spill_count") + number("sgpr_spill_count")),
         shared_bytes=shared,
-        matrix_instructions=len(re.findall(r"\bv_mfma", assembly)),
-        wide_copies=len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        matrix_instructions=Counter(re.findall(r"\bv_mfma", assembly)),
+        wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
     )
 
 
