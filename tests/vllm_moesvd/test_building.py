@@ -74,6 +74,30 @@ def test_bfloat16_checkpoints_load(tmp_path: Path) -> None:
         assert len(agree) >= 36, (layer, distance(actual, expected))
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_tied_embeddings_load_with_and_without_a_stored_head(
+    has_head: bool, tmp_path: Path
+) -> None:
+    made = hand_made(ODD_LAYERS, exact=False, tie_word_embeddings=True)
+    if has_head:
+        made.tensors["lm_head.weight"] = made.tensors["model.embed_tokens.weight"].clone()
+    model = harness.load_model(harness.engine_config(made.write(tmp_path / "tied")))
+    assert torch.equal(
+        model.model.embed_tokens.weight[:260], made.tensors["model.embed_tokens.weight"]
+    )
+
+
+def test_the_dummy_load_format_runs(tmp_path: Path) -> None:
+    """Sizes can be tried without weights, as with every model of vLLM."""
+    path = hand_made(ODD_LAYERS, exact=False).write(tmp_path / "odd")
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    config = harness.engine_config(path, load_format="dummy")
+    model = harness.load_model(config)
+    for layer in range(6):
+        assert harness.run_moe_block(model, config, layer, torch.randn(3, 64)).isfinite().all()
+
+
 def test_the_only_replaced_name_is_put_back(tmp_path: Path) -> None:
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory
     from vllm.model_executor.models import mixtral

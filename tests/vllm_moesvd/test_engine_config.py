@@ -31,7 +31,11 @@ def with_config(folder: Path, path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("model_impl", ["auto", "vllm", "transformers"])
+@pytest.mark.parametrize(
+    "model_impl",
+    # vLLM inspects the class of the third in a process of its own, about 20 s.
+    ["auto", "vllm", pytest.param("transformers", marks=pytest.mark.slow)],
+)
 def test_an_architecture_renamed_back_is_refused(
     model_impl: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -40,6 +44,7 @@ def test_an_architecture_renamed_back_is_refused(
         harness.engine_config(renamed, model_impl=model_impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MixtralModel", "MixtralForSequenceClassification"])
 def test_names_that_vllm_takes_for_the_dense_one_are_refused(
     name: str, folder: Path, tmp_path: Path
