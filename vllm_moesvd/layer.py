@@ -111,7 +111,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Compile every kernel that serving can need: compiling while serving stalls requests."""
-        if not kernels.can_run(layer.v_gate):
+        if not self._runs_kernels(layer.v_gate):
             return
         from vllm_moesvd.kernels.forward import warm_up_batches
 
@@ -133,7 +133,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output [T, D] of the routed experts; a partial sum for the runner's all-reduce."""
-        if kernels.can_run(x):
+        if self._runs_kernels(x):
             return self._apply_kernels(layer, x, topk_weights, topk_ids)
         spec = self.spec
         slot_TK, gate_TK = layer.expert_slot[topk_ids], topk_weights
@@ -147,6 +147,10 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             w_NQ = _scatter_ranks(w_NQ)
         y_TD: torch.Tensor = ops.project_out(w_NQ, slot_TK, gate_TK, layer.u_down)
         return y_TD
+
+    def _runs_kernels(self, x: torch.Tensor) -> bool:
+        """The kernels know no base; a `base-delta` layer takes the other path."""
+        return kernels.can_run(x) and not self.spec.base_width
 
     def _apply_kernels(
         self,
