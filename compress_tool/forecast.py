@@ -10,15 +10,19 @@ import torch
 
 from compress_tool.checkpoint import Checkpoint, open_checkpoint
 from compress_tool.config import Recipe
+from compress_tool.factorize.refit import BATCH_TOKENS
 from compress_tool.planning import first_plan
 from compress_tool.promised import promised_checkpoint
 from compress_tool.sizing import (
+    PROBE_TOKENS,
+    SIZES_PER_LAYER,
     chosen_layers,
-    forecast_flops,
-    forecast_memory_bytes,
     num_calibration_tokens,
     planned_disk_bytes,
 )
+
+BASE_MEMORY_BYTES: Final = 700 * 2**20
+"""Resident size of Python with torch and transformers imported, before any work."""
 
 PROBE_SIZE: Final = 768
 """Side of the matrix product that measures this machine, a few hundredths of a second."""
@@ -33,7 +37,7 @@ def forecast(source: Path, recipe: Recipe) -> dict[str, Any]:
     plan = first_plan(checkpoint, recipe, chosen_layers(checkpoint, recipe))
     num_tokens = num_calibration_tokens(recipe)
     # Small and tall products reach a fraction of the square one; measured on the bundled model.
-    seconds = 3.0 * forecast_flops(checkpoint, recipe, num_tokens) / _flops_per_second()
+    seconds = 3.0 * run_flops(checkpoint, recipe, num_tokens) / _flops_per_second()
     return plan.to_json() | {
         "family": checkpoint.family.name,
         "method": recipe.method,
@@ -41,7 +45,7 @@ def forecast(source: Path, recipe: Recipe) -> dict[str, Any]:
         "ratio_of": recipe.ratio_of,
         "num_layers": checkpoint.num_layers,
         "calibration_tokens": num_tokens,
-        "peak_memory_bytes": forecast_memory_bytes(checkpoint, recipe, num_tokens),
+        "peak_memory_bytes": memory_bytes(checkpoint, recipe, num_tokens),
         "disk_bytes": planned_disk_bytes(checkpoint, plan, num_tokens),
         "seconds": round(seconds, 1),
     }
@@ -62,3 +66,49 @@ def _flops_per_second() -> float:
         torch.mm(a, a)
         best = min(best, time.perf_counter() - start)
     return 2.0 * PROBE_SIZE**3 / best
+
+
+def memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int:
+    """Peak memory of a run: the larger of calibration and the solver, for one layer.
+
+    Nothing in it depends on the number of layers.
+    """
+    shape = checkpoint.shape
+    layer = checkpoint.moe_layers[0]
+    layer_params = sum(checkpoint.tensors[n].num_params for n in checkpoint.layer_tensors(layer))
+    source_bytes = sum(checkpoint.tensors[n].num_bytes for n in checkpoint.layer_tensors(layer))
+    states = num_tokens * shape.hidden_size * 4
+    batch = recipe.batch_size * recipe.seq_len * max(shape.expert_width, shape.hidden_size) * 4 * 4
+    outer = max(
+        (checkpoint.tensors[name].num_params for name in checkpoint.outer_tensors()), default=0
+    )
+    calibration = states + max(4 * layer_params, 4 * outer) + source_bytes + batch
+    uses_neurons = recipe.method != "latent"
+    side = max(shape.hidden_size, shape.expert_width if uses_neurons else 0)
+    solver = 3 * states + 6 * 8 * side * side + 2 * 4 * layer_params + source_bytes
+    if recipe.num_refit_steps > 0:
+        # Two trajectories and their difference; parameters, gradients, two moments, both results.
+        solver += 4 * states + 5 * 4 * layer_params
+    return BASE_MEMORY_BYTES + max(calibration, solver)
+
+
+def run_flops(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> float:
+    """Floating-point operations of a run, for the time estimate of `plan`."""
+    shape = checkpoint.shape
+    d, f = shape.hidden_size, shape.expert_width
+    routed = num_tokens * shape.top_k
+    expert_pass = 2.0 * routed * 3 * d * f
+    outside = 2.0 * num_tokens * (checkpoint.total_params - checkpoint.routed_params)
+    per_layer = 3 * expert_pass
+    per_layer += 2.0 * routed * d * d * 2 + 2.0 * shape.num_experts * f * d * d * 3 + 20.0 * d**3
+    if recipe.method != "latent":
+        per_layer += 2.0 * routed * f * f * 2 + 20.0 * f**3
+    # Six per multiply-add of a token's experts: forward and backward.
+    batch = min(BATCH_TOKENS, num_tokens)
+    per_layer += recipe.num_refit_steps * 18.0 * batch * shape.top_k * d * f
+    if recipe.num_refit_steps > 0:
+        per_layer += 2 * expert_pass
+    if recipe.method == "auto" and recipe.rank is None:
+        probed = min(PROBE_TOKENS, num_tokens) * SIZES_PER_LAYER / 2
+        per_layer += 2.0 * probed * shape.top_k * 3 * d * f * len(checkpoint.moe_layers)
+    return per_layer * len(checkpoint.moe_layers) + outside

@@ -29,9 +29,10 @@ from compress_tool.layer_stats import LayerStatistics
 from compress_tool.manifest import read_manifest, source_identity
 from compress_tool.model_card import model_card
 from compress_tool.packing import pack_layer
-from compress_tool.plain import DropSpec, output_config, plain_changes
+from compress_tool.plain import DropSpec, output_config
 from compress_tool.planning import final_plan, first_plan
 from compress_tool.report import write_report
+from compress_tool.run_report import routing_warnings, run_report
 from compress_tool.sizing import (
     SizePlan,
     chosen_layers,
@@ -121,13 +122,13 @@ def run(
             if not resume:
                 folder.discard()
             raise
-        report = _report(checkpoint, recipe, plan, entries, windows, files)
+        report = run_report(checkpoint, recipe, plan, entries, windows, files)
         _finish(checkpoint, recipe, plan, folder, report)
     _verify(folder.out, plan, progress)
     write_report(folder.out)
     return RunResult(
         report=report,
-        warnings=windows.warnings + _routing_warnings(entries),
+        warnings=windows.warnings + routing_warnings(entries),
         already_finished=False,
         peak_memory_bytes=_peak_memory_bytes(),
     )
@@ -228,43 +229,6 @@ def _verify(out: Path, plan: SizePlan, progress: ProgressCallback) -> None:
         raise VerificationError(f"{problems[0]} ({len(problems)} problems; see `verify {out}`)")
 
 
-def _report(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    plan: SizePlan,
-    entries: Mapping[int, Mapping[str, Any]],
-    windows: TokenWindows,
-    files: Sequence[Path],
-) -> dict[str, Any]:
-    """report.json: the plan's keys, with losses and routing per layer. No paths, no times."""
-    predicted = {layer: entry.get("predicted_loss") for layer, entry in entries.items()}
-    report = plan.to_json(predicted)
-    by_index = {entry["index"]: entry for entry in report["layers"]}
-    report["layers"] = [
-        by_index.get(layer, {"index": layer, "rank": None, "predicted_loss": None})
-        | dict(entries[layer])
-        for layer in range(checkpoint.num_layers)
-    ]
-    return report | {
-        "source": checkpoint.path.resolve().name,
-        "family": checkpoint.family.name,
-        "method": recipe.method,
-        "asked_ratio": recipe.ratio,
-        "ratio_of": recipe.ratio_of,
-        "plain": plain_changes(checkpoint, plan.specs) is not None,
-        "num_experts": checkpoint.shape.num_experts,
-        "top_k": checkpoint.shape.top_k,
-        "routed_params_before": checkpoint.routed_params,
-        "calibration": {
-            "files": [file.name for file in files],
-            "samples": windows.ids_NS.shape[0],
-            "seq_len": windows.ids_NS.shape[1],
-            "tokens": windows.ids_NS.numel(),
-            "tokens_in_text": windows.num_tokens,
-        },
-    }
-
-
 def _windows(checkpoint: Checkpoint, recipe: Recipe, files: Sequence[Path]) -> TokenWindows:
     """Calibration windows, no longer than the model's positions."""
     longest = checkpoint.config.get("max_position_embeddings")
@@ -324,20 +288,6 @@ def _finished(out: Path, warnings: tuple[str, ...]) -> RunResult:
         already_finished=True,
         peak_memory_bytes=_peak_memory_bytes(),
     )
-
-
-def _routing_warnings(entries: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
-    lines = []
-    for layer, entry in sorted(entries.items()):
-        missed = [expert for expert, count in enumerate(entry.get("counts") or []) if count == 0]
-        if missed and entry["form"] not in ("dense", "drop"):
-            shown = ", ".join(map(str, missed[:8])) + (", …" if len(missed) > 8 else "")
-            lines.append(
-                f"layer {layer}: calibration never routed a token to expert {shown}; "
-                f"{'they take' if len(missed) > 1 else 'it takes'} the pooled statistics of the "
-                "other experts (more or other --calibration text reaches more experts)"
-            )
-    return tuple(lines)
 
 
 def _peak_memory_bytes() -> int:

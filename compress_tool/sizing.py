@@ -18,7 +18,6 @@ from compress_tool.dropping import plan_drop
 from compress_tool.errors import UsageError
 from compress_tool.factorize.d2_moe import BaseKind, D2Options
 from compress_tool.factorize.moe_svd import MoESVDOptions, trimmed_slots
-from compress_tool.factorize.refit import BATCH_TOKENS
 from compress_tool.factorize.shared_v import contiguous_groups
 from compress_tool.plain import DropSpec, PlannedSpec
 from compress_tool.plan import (
@@ -40,9 +39,6 @@ PROBE_TOKENS: Final = 8192
 
 SIZES_PER_LAYER: Final = 6
 """Sizes at which it does."""
-
-BASE_MEMORY_BYTES: Final = 700 * 2**20
-"""Resident size of Python with torch and transformers imported, before any work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,52 +276,6 @@ def planned_disk_bytes(checkpoint: Checkpoint, plan: SizePlan, num_tokens: int) 
     trajectory = 4 * num_tokens * checkpoint.shape.hidden_size * 4
     statistics = calibration_bytes(checkpoint, num_tokens, torch.float32)
     return plan.bytes_after + statistics + trajectory
-
-
-def forecast_memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int:
-    """Peak memory of a run: the larger of calibration and the solver, for one layer.
-
-    Nothing in it depends on the number of layers.
-    """
-    shape = checkpoint.shape
-    layer = checkpoint.moe_layers[0]
-    layer_params = sum(checkpoint.tensors[n].num_params for n in checkpoint.layer_tensors(layer))
-    source_bytes = sum(checkpoint.tensors[n].num_bytes for n in checkpoint.layer_tensors(layer))
-    states = num_tokens * shape.hidden_size * 4
-    batch = recipe.batch_size * recipe.seq_len * max(shape.expert_width, shape.hidden_size) * 4 * 4
-    outer = max(
-        (checkpoint.tensors[name].num_params for name in checkpoint.outer_tensors()), default=0
-    )
-    calibration = states + max(4 * layer_params, 4 * outer) + source_bytes + batch
-    uses_neurons = recipe.method != "latent"
-    side = max(shape.hidden_size, shape.expert_width if uses_neurons else 0)
-    solver = 3 * states + 6 * 8 * side * side + 2 * 4 * layer_params + source_bytes
-    if recipe.num_refit_steps > 0:
-        # Two trajectories and their difference; parameters, gradients, two moments, both results.
-        solver += 4 * states + 5 * 4 * layer_params
-    return BASE_MEMORY_BYTES + max(calibration, solver)
-
-
-def forecast_flops(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> float:
-    """Floating-point operations of a run, for the time estimate of `plan`."""
-    shape = checkpoint.shape
-    d, f = shape.hidden_size, shape.expert_width
-    routed = num_tokens * shape.top_k
-    expert_pass = 2.0 * routed * 3 * d * f
-    outside = 2.0 * num_tokens * (checkpoint.total_params - checkpoint.routed_params)
-    per_layer = 3 * expert_pass
-    per_layer += 2.0 * routed * d * d * 2 + 2.0 * shape.num_experts * f * d * d * 3 + 20.0 * d**3
-    if recipe.method != "latent":
-        per_layer += 2.0 * routed * f * f * 2 + 20.0 * f**3
-    # Six per multiply-add of a token's experts: forward and backward.
-    batch = min(BATCH_TOKENS, num_tokens)
-    per_layer += recipe.num_refit_steps * 18.0 * batch * shape.top_k * d * f
-    if recipe.num_refit_steps > 0:
-        per_layer += 2 * expert_pass
-    if recipe.method == "auto" and recipe.rank is None:
-        probed = min(PROBE_TOKENS, num_tokens) * SIZES_PER_LAYER / 2
-        per_layer += 2.0 * probed * shape.top_k * 3 * d * f * len(checkpoint.moe_layers)
-    return per_layer * len(checkpoint.moe_layers) + outside
 
 
 def _starts_narrow(recipe: Recipe) -> bool:
