@@ -1,8 +1,9 @@
 """From measured losses of single layers to a form, a width and a rank for each: method `auto`.
 
 The loss of a candidate is read off the probes of its layer: KL of the narrow form at its width plus
-KL of the latent form at its rank, as if the two added up, and layers too. Both sums are upper
-estimates to within a few per cent on pocket-mixtral, where they were compared with measurements.
+KL of the latent form at its rank, as if the two added up, and layers too. On pocket-mixtral the
+sum over layers was 0.0021, 0.0082 and 0.0260 nats at 20, 40 and 60 %, the measured joint KL after
+the refit 0.0017, 0.0072 and 0.0246 (docs/log.md).
 """
 
 from __future__ import annotations

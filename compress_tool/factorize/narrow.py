@@ -4,8 +4,8 @@ Neurons are removed one after the other. Removing neuron j and letting the other
 part by least squares costs ‖W2_j‖² / (H⁻¹)_jj, with H = E[g² h hᵀ] and W2 as updated so far
 (the optimal-brain-surgeon step, exact here because the loss is quadratic in W2). What remains at
 any width is the least-squares W2' = W2 H S (Sᵀ H S)⁻¹ of mathematics §3.3 on the kept neurons S,
-and one removal order serves every width. On pocket-mixtral this loses a tenth less KL than keeping
-the neurons of highest energy, at any width (docs/log.md).
+and one removal order serves every width. On pocket-mixtral this loses 4 to 15 % less KL than
+keeping the neurons of highest energy (docs/log.md).
 """
 
 from __future__ import annotations
