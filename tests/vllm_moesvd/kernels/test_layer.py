@@ -1,0 +1,85 @@
+"""vLLM's layer hands the kernels what they expect: recorded launches on tensors without data."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vllm_moesvd.kernels.recorder import recording
+from vllm_moesvd.format import FactoredSpec
+from vllm_moesvd.kernels import tiles
+from vllm_moesvd.kernels.forward import ShapeAndType
+
+pytestmark = pytest.mark.slow  # Importing vLLM takes longer than everything else here.
+
+HIDDEN, WIDTH, MAX_TOKENS = 64, 96, 40
+
+
+def scratch(*wanted: ShapeAndType) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in wanted]
+
+
+def built_layer(monkeypatch: pytest.MonkeyPatch, spec: FactoredSpec, tp_size: int) -> Any:
+    """The method and its layer on the meta device, where a GPU is said to be."""
+    from vllm_moesvd import layer as module
+
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS))
+    manager = SimpleNamespace(get_simultaneous=scratch)
+    monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(module, "current_workspace_manager", lambda: manager)
+    monkeypatch.setattr(module.kernels, "can_run", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(tiles, "device_arch", lambda index: "sm_90")
+    monkeypatch.setattr(
+        module, "_gather_ranks", lambda z: z.new_empty(*z.shape[:-1], z.shape[-1] * tp_size)
+    )
+    monkeypatch.setattr(
+        module, "_scatter_ranks", lambda w: w.new_empty(w.shape[0], w.shape[1] // tp_size)
+    )
+    moe: Any = SimpleNamespace(tp_size=tp_size, tp_rank=0, experts_per_token=2)
+    method = module.FactoredMoEMethod(moe, spec, replicate=False)
+    layer = torch.nn.Module()
+    with torch.device("meta"):
+        method.create_weights(layer, 4, HIDDEN, WIDTH // tp_size, torch.bfloat16)
+    return method, layer
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_apply_launches_the_kernels(monkeypatch: pytest.MonkeyPatch, tp_size: int) -> None:
+    spec = FactoredSpec(
+        rank_gate_up=24, rank_down=18, expert_slot=(0, 1, 1, 2), slot_group=(1, 0, 1)
+    )
+    method, layer = built_layer(monkeypatch, spec, tp_size)
+    x_TD = torch.empty(5, HIDDEN, dtype=torch.bfloat16, device="meta")
+    weights_TK = torch.empty(5, 2, device="meta")
+    ids_TK = torch.empty(5, 2, dtype=torch.int32, device="meta")
+    with recording() as launches:
+        y_TD = method.apply(layer, x_TD, weights_TK, ids_TK, None, None)
+    assert (y_TD.shape, y_TD.dtype) == (x_TD.shape, x_TD.dtype)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert (names[0], names[-1]) == ("align_tile_kernel", "sum_kernel")
+    assert names.count("gate_up_kernel") == 1
+    align, gate_up = launches[0], launches[names.index("gate_up_kernel")]
+    assert align.arguments["MERGE"]
+    assert align.arguments["rank_ptr"] is layer.rank_E
+    assert gate_up.arguments["rank"] == 24
+    assert gate_up.arguments["u_up_ptr"] is layer.u_up
+
+
+def test_loading_ends_with_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = FactoredSpec(
+        rank_gate_up=24, rank_down=18, expert_slot=(0, 1, 2, 3), slot_group=(0, 0, 0, 0)
+    )
+    method, layer = built_layer(monkeypatch, spec, 1)
+    with recording() as launches:
+        method.process_weights_after_loading(layer)
+    tokens = [
+        launch.arguments["num_rows"]
+        for launch in launches
+        if launch.kernel.__name__ == "linear_kernel" and launch.arguments["HALVES"] == 2
+    ]
+    assert tokens[0] == MAX_TOKENS
+    assert tokens[-1] == 1
+    assert tokens == sorted(tokens, reverse=True)
