@@ -28,6 +28,7 @@ from vllm.model_executor.layers.fused_moe import (
     FusedMoEQuantConfig,
     RoutedExperts,
 )
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import round_up
 from vllm.v1.worker.workspace import current_workspace_manager
 
@@ -77,8 +78,9 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Register this process's slice of every factor under its checkpoint name."""
         spec, f = self.spec, intermediate_size_per_partition
         rank_shards = self.moe.tp_size if self.is_sharded else 1
-        r = round_up(spec.rank_gate_up, rank_shards)
-        q = round_up(spec.rank_down, rank_shards)
+        multiple = rank_shards * rank_multiple()
+        r = round_up(spec.rank_gate_up, multiple)
+        q = round_up(spec.rank_down, multiple)
         v_shape = (spec.num_groups, r // rank_shards, hidden_size)
         u_shape = (spec.num_slots, f, r)
         rank_dim = None if rank_shards == 1 else 1
@@ -185,6 +187,12 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             exchange_z=_gather_ranks if self.is_sharded else None,
             exchange_w=_scatter_ranks if self.is_sharded else None,
         )
+
+
+def rank_multiple() -> int:
+    """What a process's share of a rank is padded to: Triton loads 16 bytes at once from rows whose
+    length is a multiple of 16 numbers, and single numbers from others."""
+    return 16 if current_platform.is_cuda_alike() else 1
 
 
 def _gather_ranks(z: torch.Tensor) -> torch.Tensor:

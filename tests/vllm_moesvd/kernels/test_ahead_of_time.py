@@ -67,19 +67,16 @@ def test_programs_of_real_models_compile_as_they_should(arch: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_ranks_that_nothing_divides_cost_no_spills(tmp_path: Path) -> None:
-    """Odd row lengths: narrower loads, still tensor cores and no spills."""
-    sizes = replace(real_sizes(REAL_MODELS["Mixtral-8x7B"]), rank=2111, rank_down=7361)
+def test_ranks_that_no_tile_divides_cost_nothing(tmp_path: Path) -> None:
+    """The layer pads ranks to multiples of 16; a last tile that is mostly mask is as good."""
+    sizes = replace(real_sizes(REAL_MODELS["Mixtral-8x7B"]), rank=2128, rank_down=7376)
     launches = {
         launch.identity: launch
         for tokens in (1, 4096)
         for launch in launches_of(sizes, tokens, tile_table("sm_90", 2))
         if launch.kernel.__name__ in MULTIPLICATIONS
     }
-    for launch in launches.values():
-        program = compile_launch(launch, "sm_90", tmp_path)
-        assert program.spilled_bytes == 0, launch.arguments
-        assert program.matrix_instructions, launch.arguments
+    assert [p for launch in launches.values() for p in check(launch, "sm_90", tmp_path)] == []
 
 
 @pytest.mark.slow

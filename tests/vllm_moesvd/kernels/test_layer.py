@@ -83,3 +83,18 @@ def test_loading_ends_with_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens[0] == MAX_TOKENS
     assert tokens[-1] == 1
     assert tokens == sorted(tokens, reverse=True)
+
+
+def test_ranks_are_padded_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 19 numbers would be loaded one number at a time."""
+    from vllm_moesvd import layer as module
+
+    monkeypatch.setattr(module, "rank_multiple", lambda: 16)
+    spec = FactoredSpec(
+        rank_gate_up=19, rank_down=33, expert_slot=(0, 1, 2, 3), slot_group=(0, 0, 0, 0)
+    )
+    _, layer = built_layer(monkeypatch, spec, 2)
+    assert layer.v_gate.shape == (1, 16, HIDDEN)
+    assert layer.u_gate.shape == (4, WIDTH // 2, 32)
+    assert layer.v_down.shape == (1, 64, WIDTH // 2)
+    assert layer.u_down.shape == (4, HIDDEN, 32)
