@@ -76,7 +76,7 @@ report. The calibration itself is counted in the first cell only.
 - `drop` can remove whole experts only: where the nearest share differs by more than half a percent,
   the cell names it. Compare it in the plot.
 - `plain SVD` is `--method asvd --alpha 0`. `svd-llm` and `asvd` are the published formulas without
-  shrinkage and refit; `svd` is the same form with both.
+  a refit; `svd` is the same form, weights tokens by their gates and fits U to the rounded V.
 - `d2-moe` has its base unpruned and deltas of their own; the dynamic pruning of the paper is not
   implemented, and a Fisher base is refused (it needs a backward pass through the whole model).
 - `moe-svd` is the printed method with its defects; see the log.
