@@ -27,6 +27,9 @@ RATE: Final = 0.06
 """Largest step relative to the root mean square of a tensor. It is 3e-3 on pocket-mixtral, where a
 third of that gains a tenth less and nothing diverged."""
 
+MAX_PASSES: Final = 50
+"""Over few tokens more passes only overfit; the default is ten."""
+
 WARM_UP_STEPS: Final = 20
 BETAS: Final = (0.9, 0.99)
 
@@ -93,6 +96,7 @@ def _descend(
     num_fitted = len(fitted_n)
     energy = target_TD.double().square().mean().item()
     batch = min(BATCH_TOKENS, num_fitted)
+    steps = min(steps, MAX_PASSES * math.ceil(num_fitted / batch))
     shuffled_n = fitted_n[torch.randperm(num_fitted, generator=generator)]
     position = 0
     for step in range(steps):
