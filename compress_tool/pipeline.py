@@ -24,7 +24,7 @@ from compress_tool.corpus import TokenWindows, default_calibration_text, token_w
 from compress_tool.dropping import drop_layer
 from compress_tool.durable import digest_file, write_file
 from compress_tool.errors import InputError, NumericsError, ResourceError, VerificationError
-from compress_tool.folder import read_json_object
+from compress_tool.folder import contained_file, read_json_object
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.manifest import read_manifest, source_identity
 from compress_tool.model_card import model_card
@@ -197,11 +197,10 @@ def _finish(
     folder: OutputFolder,
     report: Mapping[str, Any],
 ) -> None:
-    readme = checkpoint.path / "README.md"
     card = model_card(
         report,
         source_name=checkpoint.path.resolve().name,
-        source_readme=readme.read_text(errors="replace") if readme.is_file() else None,
+        source_readme=_source_readme(checkpoint),
     )
     folder.finish(
         source=checkpoint,
@@ -213,6 +212,14 @@ def _finish(
             REPORT_FILE: (json.dumps(report, indent=1, sort_keys=True) + "\n").encode(),
         },
     )
+
+
+def _source_readme(checkpoint: Checkpoint) -> str | None:
+    """The source's model card, for its licence; a link out of the folder is not followed."""
+    try:
+        return contained_file(checkpoint.path, "README.md").read_text(errors="replace")
+    except InputError:
+        return None
 
 
 def _verify(out: Path, plan: SizePlan, progress: ProgressCallback) -> None:

@@ -22,6 +22,7 @@ from compress_tool.durable import write_file
 from compress_tool.factorize.sensitivity import layer_sensitivity
 from compress_tool.folder import read_json_object
 from compress_tool.layer_stats import LayerStatistics
+from compress_tool.plan import RATIO_WINDOW
 from compress_tool.probe import probe_layers
 from compress_tool.sizing import (
     SizePlan,
@@ -86,18 +87,26 @@ def _paper_layers(
     """The least sensitive layers: as few as leave each a rank of `layer_rank_share` of full.
 
     The paper thresholds S_L "based on the compression ratio" and names neither threshold nor
-    rank; its tables decompose few layers at a high rank. All layers if none leave that much.
+    rank; its tables decompose few layers at a high rank. Where that count cannot meet the ratio,
+    since even full rank removes more, it is the largest count that can.
     """
     ascending = sorted(layers, key=lambda layer: (sensitivity or {}).get(layer, 0.0))
     rule = method_rule(checkpoint, recipe)
     wanted = int(recipe.layer_rank_share * max(max_ranks(checkpoint, recipe)))
-    dense = checkpoint.routed_params // len(checkpoint.moe_layers)
-    assert recipe.ratio is not None
-    base = checkpoint.routed_params if recipe.ratio_of == "experts" else checkpoint.total_params
-    for count in range(1, len(ascending) + 1):
-        if count * (dense - rule.params((wanted, wanted))) >= recipe.ratio * base:
-            return tuple(sorted(ascending[:count]))
-    return tuple(sorted(ascending))
+    asked = budget(checkpoint, recipe)
+    removed = {
+        rank: asked.dense_layer_params - rule.params((rank, rank))
+        for rank in (1, wanted, rule.max_gate_up)
+    }
+    needed = asked.ratio * asked.base_params
+    allowed = (asked.ratio + RATIO_WINDOW) * asked.base_params
+    counts = range(1, len(ascending) + 1)
+    able = [
+        n for n in counts if n * removed[1] >= needed and n * removed[rule.max_gate_up] <= allowed
+    ]
+    high = [n for n in able if n * removed[wanted] >= needed]
+    count = min(high) if high else max(able, default=len(ascending))
+    return tuple(sorted(ascending[:count]))
 
 
 def _sensitivities(
