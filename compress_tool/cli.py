@@ -26,6 +26,7 @@ from compress_tool.errors import (
     ToolError,
 )
 from compress_tool.progress import Progress
+from compress_tool.units import clock_text
 
 Result = dict[str, Any]
 
@@ -33,6 +34,9 @@ NOT_RECIPE_KEYS: Final = frozenset(
     {"command", "json", "recipe", "source", "out", "resume", "stats", "device"}
 )
 
+
+LONG_RUN_SECONDS: Final = 1800
+"""From here on a run says at its start what it is going to take."""
 
 OUT_OF_MEMORY: Final = (
     "out of memory; `compress_tool plan` forecasts the need, and a smaller --batch-size, "
@@ -93,18 +97,22 @@ def _plan(options: argparse.Namespace, progress: Progress) -> tuple[Result, str]
 
 
 def _run(options: argparse.Namespace, progress: Progress) -> tuple[Result, str]:
+    from compress_tool.forecast import forecast
     from compress_tool.pipeline import check_device, run
     from compress_tool.summary import run_text
 
     start = time.monotonic()
+    recipe, device = _recipe(options), check_device(options.device)
+    if device == "cpu" and recipe.num_refit_steps > 0:
+        _warn_of_a_long_refit(forecast(options.source, recipe), progress)
     done = run(
         options.source,
         options.out,
-        _recipe(options),
+        recipe,
         progress=progress,
         resume=options.resume,
         statistics=options.stats,
-        device=check_device(options.device),
+        device=device,
     )
     for warning in done.warnings:
         progress.note(f"warning: {warning}")
@@ -234,6 +242,15 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         if chosen in given and other not in given:
             values.pop(other, None)
     return recipe_from(values | given)
+
+
+def _warn_of_a_long_refit(expected: Result, progress: Progress) -> None:
+    """The refit is most of the work of `auto`, and a CPU is the wrong machine for a large one."""
+    if expected["seconds"] > LONG_RUN_SECONDS:
+        progress.note(
+            f"warning: about {clock_text(expected['seconds'])} on this machine's CPU, most of it "
+            "for the refit; --refit-steps 0 leaves it out, --device cuda is far faster"
+        )
 
 
 def _interrupted(options: argparse.Namespace) -> str:
