@@ -307,6 +307,7 @@ def test_peak_memory_does_not_grow_with_the_layers_and_is_forecast(tmp_path: Pat
         )  # fmt: skip
         out = tmp_path / f"out-{num_layers}"
         words = ["run", source, out, "--ratio", "0.3", "--samples", "16", "--seq-len", "64"]
+        words += ["--method", "latent"]
         process = _spawn([*words, "--json"])
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
