@@ -69,6 +69,15 @@ def solve_per_expert(
             own_gram = neuron_gram if is_down else input_gram
             parts[projection].append(truncate(weight.double(), own_gram, rank))
 
+    return stacked_solution(parts, rank_gate_up, rank_down)
+
+
+def stacked_solution(
+    parts: dict[Projection, list[Truncated]], rank_gate_up: int, rank_down: int
+) -> SharedSolution:
+    """Experts factored one by one, by projection, as a layer of form `svd`; factors in fp32."""
+    experts = tuple(range(len(parts["gate"])))
+
     def stacked(projection: Projection, name: str) -> torch.Tensor:
         return torch.stack([getattr(part, name) for part in parts[projection]]).float()
 

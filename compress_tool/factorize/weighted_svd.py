@@ -17,11 +17,10 @@ from typing import Final
 import torch
 
 from compress_tool.errors import NumericsError
-from compress_tool.factorize.per_expert import Truncated, predicted_loss
+from compress_tool.factorize.per_expert import Truncated, stacked_solution
 from compress_tool.factorize.problem import LayerProblem
 from compress_tool.factorize.shared_v import SharedSolution
 from compress_tool.factorize.whitening import DAMPING, solve_spd, symmetric_eigen
-from compress_tool.factors import SharedFactors
 from vllm_moesvd.format import PROJECTIONS, Projection
 
 PRECISE_SIZE: Final = 512
@@ -75,9 +74,8 @@ class _Inputs:
 
 def solve_weighted_svd(problem: LayerProblem, rank_gate_up: int, rank_down: int) -> SharedSolution:
     """Factor one layer, expert by expert."""
-    experts = tuple(range(problem.shape.num_experts))
     parts: dict[Projection, list[Truncated]] = {projection: [] for projection in PROJECTIONS}
-    for expert in experts:
+    for expert in range(problem.shape.num_experts):
         gate, up, down = problem.experts(expert)
         inputs = _Inputs(problem.input_rows(expert))
         parts["gate"].append(_factor(gate, inputs, rank_gate_up, problem.store_dtype))
@@ -85,26 +83,7 @@ def solve_weighted_svd(problem: LayerProblem, rank_gate_up: int, rank_down: int)
         neurons = _Inputs(problem.neuron_rows(expert))
         parts["down"].append(_factor(down, neurons, rank_down, problem.store_dtype))
 
-    def stacked(projection: Projection, name: str) -> torch.Tensor:
-        return torch.stack([getattr(part, name) for part in parts[projection]])
-
-    return SharedSolution(
-        factors=SharedFactors(
-            v_gate_GRD=stacked("gate", "v_Rn"),
-            v_up_GRD=stacked("up", "v_Rn"),
-            v_down_GRF=stacked("down", "v_Rn"),
-            u_gate_SFR=stacked("gate", "u_mR"),
-            u_up_SFR=stacked("up", "u_mR"),
-            u_down_SDR=stacked("down", "u_mR"),
-            expert_slot=experts,
-            slot_group=experts,
-            form="svd",
-        ),
-        spectrum_gate_up=parts["gate"][0].spectrum,
-        spectrum_down=parts["down"][0].spectrum,
-        predicted_gate_up=predicted_loss(parts["gate"] + parts["up"], rank_gate_up),
-        predicted_down=predicted_loss(parts["down"], rank_down),
-    )
+    return stacked_solution(parts, rank_gate_up, rank_down)
 
 
 def _factor(w_mn: torch.Tensor, inputs: _Inputs, rank: int, store_dtype: torch.dtype) -> Truncated:
