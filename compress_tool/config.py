@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import yaml
 
-from compress_tool.errors import InputError, UnsupportedError, UsageError
+from compress_tool.errors import InputError, UsageError
 
 METHODS: Final = (
     "auto",
@@ -30,7 +30,8 @@ METHODS: Final = (
 )
 RATIO_BASES: Final = ("all", "experts")
 STORE_DTYPES: Final = ("source", "float32", "bfloat16", "float16")
-COMBINES: Final = ("eq8", "alg3", "mean", "frequency")
+COMBINES: Final = ("eq8", "alg3", "mean", "frequency", "merge")
+AUTO_K: Final = "auto"
 BASES: Final = ("regmean", "mean", "frequency", "fisher")
 WHITENINGS: Final = ("top", "expert")
 REFIT_METHODS: Final = ("auto", "narrow", "latent")
@@ -45,10 +46,11 @@ class Recipe:
 
     `ratio` is the share of parameters to remove, of the whole model or (`ratio_of: experts`) of
     the routed experts. With `rank`, all chosen layers take that rank and no ratio is kept.
-    `layers` limits which layers are factored. `k`, `combine`, `whitening` and `layer_rank_share`
-    belong to moe-svd, `groups` to moe-svd and shared-v, `centre` to latent, `alpha` to asvd,
-    `nearest` to drop, `base`, `base_prune` and `share_v` to d2-moe, `refit_steps` to auto, narrow
-    and latent (None: the method's own). With `rank`, auto is latent; for narrow it is the width.
+    `layers` limits which layers are factored. `k` (a number, or "auto" for each layer's own by
+    `k_lambda`), `combine`, `whitening` and `layer_rank_share` belong to moe-svd, `groups` to
+    moe-svd and shared-v, `centre` to latent, `alpha` to asvd, `nearest` to drop, `base`,
+    `base_prune` and `share_v` to d2-moe, `refit_steps` to auto, narrow and latent (None:
+    the method's own). With `rank`, auto is latent; for narrow it is the width.
     """
 
     method: str = "auto"
@@ -57,7 +59,8 @@ class Recipe:
     rank: int | None = None
     layers: tuple[int, ...] | None = None
     groups: int = 1
-    k: int = 2
+    k: int | str = 2
+    k_lambda: float = 1.0
     combine: str = "eq8"
     whitening: str = "top"
     layer_rank_share: float = 0.5
@@ -82,11 +85,6 @@ class Recipe:
         _choice("whitening", self.whitening, WHITENINGS)
         _choice("dtype", self.dtype, STORE_DTYPES)
         _choice("base", self.base, BASES)
-        if self.base == "fisher":
-            raise UnsupportedError(
-                "--base fisher needs gradients of the loss through the whole model, which this "
-                "tool never holds in memory; use regmean, the closed form from forward statistics"
-            )
         if not 0 <= self.base_prune < 1:
             raise UsageError(f"--base-prune is {self.base_prune:g}, expected a share below 1")
         if self.ratio is None and self.rank is None:
@@ -101,8 +99,17 @@ class Recipe:
                 raise UsageError(f"{_flag(name)} is {value}, expected at least 1")
         if self.seq_len < 2:
             raise UsageError("--seq-len is 1, expected at least 2")
-        if self.k < 0:
-            raise UsageError(f"--k is {self.k}, expected 0 (no trimming) or more")
+        if self.k != AUTO_K and (isinstance(self.k, str) or self.k < 0):
+            raise UsageError(f"--k is {self.k}, expected auto, 0 (no trimming) or more")
+        if not 0 <= self.k_lambda < float("inf"):
+            raise UsageError(f"--k-lambda is {self.k_lambda:g}, expected 0 or more")
+        if self.k != AUTO_K and self.k_lambda != 1.0:
+            raise UsageError("--k-lambda belongs to --k auto")
+        if self.combine == "merge" and self.whitening == "expert":
+            raise UsageError(
+                "--combine merge shares U of one V, --whitening expert gives every expert its own; "
+                "use --whitening top"
+            )
         if not 0 < self.layer_rank_share <= 1:
             raise UsageError(
                 f"--layer-rank-share is {self.layer_rank_share:g}, expected a share up to 1"
@@ -122,6 +129,7 @@ class Recipe:
         defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
         owners = {
             "k": ("moe-svd",),
+            "k_lambda": ("moe-svd",),
             "combine": ("moe-svd",),
             "whitening": ("moe-svd",),
             "layer_rank_share": ("moe-svd",),
@@ -223,6 +231,7 @@ def _typed(key: str, value: Any, where: str) -> Any:
 _KINDS: Final[dict[str, tuple[type, ...]]] = {
     "str": (str,),
     "int": (int,),
+    "int | str": (int, str),
     "bool": (bool,),
     "float": (int, float),
     "int | None": (int, type(None)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from compress_tool.config import Recipe
 from compress_tool.dropping import plan_drop
 from compress_tool.errors import UsageError
 from compress_tool.factorize.d2_moe import BaseKind, D2Options
+from compress_tool.factorize.merging import provisional_slots
 from compress_tool.factorize.moe_svd import MoESVDOptions, trimmed_slots
 from compress_tool.factorize.shared_v import contiguous_groups
 from compress_tool.plain import DropSpec, PlannedSpec
@@ -33,6 +34,9 @@ from vllm_moesvd.format import FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 
 PER_EXPERT_METHODS: Final = ("svd", "asvd", "svd-llm")
 """Methods that give every expert U and V of its own."""
+
+PAPER_K: Final = 2
+"""U matrices that MoE-SVD combines per expert, unless k is chosen layer by layer."""
 
 PROBE_TOKENS: Final = 8192
 """Tokens on which auto measures the KL of a layer compressed alone."""
@@ -87,16 +91,21 @@ def layer_json(layer: int, spec: PlannedSpec) -> dict[str, Any]:
     return entry | ({"width": spec.width} if isinstance(spec, LatentSpec) else {})
 
 
-def moe_svd_options(recipe: Recipe) -> MoESVDOptions:
-    """The switches of the printed method."""
+def moe_svd_options(recipe: Recipe, k: int | None = None) -> MoESVDOptions:
+    """The switches of the printed method, with the `k` of a layer where it is chosen by layer.
+
+    Before that, the paper's own k stands in for `--k auto`.
+    """
+    if k is None:
+        k = PAPER_K if isinstance(recipe.k, str) else recipe.k
     return MoESVDOptions(
-        k=recipe.k, groups=recipe.groups, combine=recipe.combine, whitening=recipe.whitening
+        k=k, groups=recipe.groups, combine=recipe.combine, whitening=recipe.whitening
     )
 
 
 def d2_options(recipe: Recipe, width: int) -> D2Options:
     """The switches of d2-moe for a base of `width` neurons."""
-    kinds: dict[str, BaseKind] = {"regmean": "regmean", "mean": "mean", "frequency": "frequency"}
+    kinds: dict[str, BaseKind] = {kind: kind for kind in get_args(BaseKind)}
     return D2Options(base=kinds[recipe.base], base_width=width, share_v=recipe.share_v)
 
 
@@ -135,12 +144,16 @@ def max_ranks(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
 
 
 def method_rule(
-    checkpoint: Checkpoint, recipe: Recipe, frequency_E: torch.Tensor | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    frequency_E: torch.Tensor | None = None,
+    k: int | None = None,
 ) -> SizeRule:
     """How the size of a layer follows from its ranks under the recipe's method.
 
-    The trimmed slots of moe-svd depend on the routing frequencies of the layer where two experts
-    are equally frequent; without them all are taken as different.
+    The trimmed slots of moe-svd depend on `k`, where it is chosen by layer, and on the routing
+    frequencies of the layer where two experts are equally frequent; without them all are taken as
+    different. Merged slots are provisional: right in number, to be replaced by the clusters.
     """
     shape = checkpoint.shape
     if recipe.groups > shape.num_experts:
@@ -163,10 +176,12 @@ def method_rule(
             )
 
         return size_rule(make, shape, checkpoint.family, max_ranks(checkpoint, recipe))
-    if recipe.method == "moe-svd":
+    if recipe.method == "moe-svd" and recipe.combine == "merge":
+        make_factored = _factored(*provisional_slots(shape.num_experts, moe_svd_options(recipe, k)))
+    elif recipe.method == "moe-svd":
         if frequency_E is None:
             frequency_E = torch.arange(shape.num_experts, 0, -1)
-        slots = trimmed_slots(frequency_E.double(), moe_svd_options(recipe))
+        slots = trimmed_slots(frequency_E.double(), moe_svd_options(recipe, k))
         make_factored = _factored(slots.expert_slot, slots.slot_group)
     elif recipe.method == "d2-moe":
         groups = (0,) * shape.num_experts if recipe.share_v else experts
@@ -182,18 +197,17 @@ def plan_sizes(
     checkpoint: Checkpoint,
     recipe: Recipe,
     layers: Sequence[int],
-    frequency: Mapping[int, torch.Tensor] | None = None,
+    own_rules: Mapping[int, SizeRule] | None = None,
 ) -> SizePlan:
     """Choose the ranks of `layers`; raises ResourceError if the asked ratio cannot be kept.
 
-    For auto this is a forecast, one width for all layers: `final_plan` decides layer by layer.
+    `own_rules` are the layers' size rules where they are not all the same. For auto this is a
+    forecast, one width for all layers: `final_plan` decides layer by layer.
     """
     if recipe.method == "drop":
         return size_plan(checkpoint, recipe, plan_drop(checkpoint, recipe, layers))
-    rules = {
-        layer: method_rule(checkpoint, recipe, None if frequency is None else frequency[layer])
-        for layer in layers
-    }
+    shared = method_rule(checkpoint, recipe)
+    rules = {layer: own_rules[layer] if own_rules else shared for layer in layers}
     if recipe.rank is not None:
         largest = max_ranks(checkpoint, recipe)
         if recipe.rank > max(largest):

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from compress_tool.checkpoint import Checkpoint
-from compress_tool.config import Recipe
+from compress_tool.config import AUTO_K, Recipe
 from compress_tool.errors import NumericsError
+from compress_tool.factorize.adaptive_k import planned_k
 from compress_tool.factorize.d2_moe import solve_d2_moe
 from compress_tool.factorize.latent import LatentSolution, solve_latent
+from compress_tool.factorize.merging import solve_merged
 from compress_tool.factorize.moe_svd import solve_moe_svd
 from compress_tool.factorize.narrow import NarrowSolution, solve_narrow
 from compress_tool.factorize.per_expert import solve_per_expert
@@ -25,12 +27,12 @@ from compress_tool.factorize.problem import (
 from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import SharedSolution, solve_shared_v
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
-from compress_tool.factors import LatentFactors, LayerFactors, NarrowFactors
+from compress_tool.factors import LatentFactors, LayerFactors, NarrowFactors, SharedFactors
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.packing import folded_expert, folded_factors
 from compress_tool.sizing import d2_options, moe_svd_options, store_dtype
 from compress_tool.weight_error import keeps_order, layer_weight_error
-from vllm_moesvd.format import LatentSpec, LayerSpec, NarrowSpec
+from vllm_moesvd.format import FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +163,7 @@ def _closed_form(
         factors = solution.factors
         entry["width"] = spec.width
     elif recipe.method == "moe-svd":
-        factors = solve_moe_svd(problem, *ranks, moe_svd_options(recipe))
+        factors, entry["k"] = _paper_factors(recipe, spec, problem)
     elif recipe.method == "d2-moe":
         solution = solve_d2_moe(problem, *ranks, d2_options(recipe, spec.base_width))
         factors = solution.factors
@@ -189,6 +191,21 @@ def _closed_form(
         entry["random_floor_gate_up"] = solution.random_floor_gate_up
         entry["random_floor_down"] = solution.random_floor_down
     return factors, entry
+
+
+def _paper_factors(
+    recipe: Recipe, spec: FactoredSpec, problem: LayerProblem
+) -> tuple[SharedFactors, int]:
+    """MoE-SVD as the plan has it, and its k (0: every expert has a U of its own)."""
+    ranks = spec.rank_gate_up, spec.rank_down
+    if recipe.combine == "merge":
+        factors = solve_merged(problem, *ranks, spec.expert_slot, spec.slot_group)
+        return factors, max(spec.slot_group.count(group) for group in spec.slot_group)
+    options = moe_svd_options(recipe)
+    if recipe.k == AUTO_K:
+        frequency_E = problem.statistics.counts_E.double()
+        options = replace(options, k=planned_k(frequency_E, options, spec.expert_slot))
+    return solve_moe_svd(problem, *ranks, options), options.k
 
 
 def _narrowed(problem: LayerProblem, solution: NarrowSolution) -> LayerProblem:

@@ -50,7 +50,7 @@ class MoESVDOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Decomposed:
+class Decomposed:
     """One expert and projection: U [m, R], σ [R], V in whitened space [R, n], V_s S⁻¹ [R, n].
 
     `shared_v_Rn` carries the V of the group's most frequent expert, mapped back to the input space
@@ -94,15 +94,25 @@ class TrimmedSlots:
     top: tuple[int, ...]
 
 
+def top_experts(frequency_E: torch.Tensor, expert_group: tuple[int, ...]) -> tuple[int, ...]:
+    """The most frequent expert of each group; of equally frequent ones the first."""
+    experts = range(len(expert_group))
+    return tuple(
+        min(
+            (expert for expert in experts if expert_group[expert] == group),
+            key=lambda expert: (-frequency_E[expert].item(), expert),
+        )
+        for group in range(max(expert_group) + 1)
+    )
+
+
 def trimmed_slots(frequency_E: torch.Tensor, options: MoESVDOptions) -> TrimmedSlots:
     """Experts of one group that combine the same U are one slot, unless each has a V of its own."""
     num_experts = frequency_E.shape[0]
     expert_group = contiguous_groups(num_experts, options.groups)
     combined: dict[int, list[int]] = {}
-    top: list[int] = []
     for group in range(options.groups):
         members = [expert for expert in range(num_experts) if expert_group[expert] == group]
-        top.append(min(members, key=lambda member: (-frequency_E[member].item(), member)))
         combined |= trimmed_experts(frequency_E, members, options.k)
     own_v = options.whitening == "expert"
     key_slot: dict[tuple[int, ...], int] = {}
@@ -121,7 +131,7 @@ def trimmed_slots(frequency_E: torch.Tensor, options: MoESVDOptions) -> TrimmedS
         slot_group=tuple(slot_group),
         slot_experts=tuple(slot_experts),
         expert_group=expert_group,
-        top=tuple(top),
+        top=top_experts(frequency_E, expert_group),
     )
 
 
@@ -137,11 +147,11 @@ def solve_moe_svd(
     v: dict[Projection, torch.Tensor] = {}
     for projection in PROJECTIONS:
         rank = rank_down if projection == "down" else rank_gate_up
-        tops = [_decompose(problem, projection, expert, rank) for expert in top]
+        tops = [decompose(problem, projection, expert, rank) for expert in top]
         parts = [
             tops[group_of[e]]
             if e == top[group_of[e]]
-            else _decompose(problem, projection, e, rank, tops[group_of[e]].v_Rn)
+            else decompose(problem, projection, e, rank, tops[group_of[e]].v_Rn)
             for e in range(num_experts)
         ]
         u[projection] = torch.stack(
@@ -162,13 +172,13 @@ def solve_moe_svd(
     )
 
 
-def _decompose(
+def decompose(
     problem: LayerProblem,
     projection: Projection,
     expert: int,
     rank: int,
     shared_v_Rn: torch.Tensor | None = None,
-) -> _Decomposed:
+) -> Decomposed:
     """Equations 11 and 12 for one expert, on the ungated activations routed to it."""
     rows = problem.neuron_rows if projection == "down" else problem.input_rows
     weight_mn = problem.experts(expert)[PROJECTIONS.index(projection)].double()
@@ -185,7 +195,7 @@ def _decompose(
     sign_r = torch.where(v_rn.gather(1, v_rn.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0)
     v_Rn = (v_rn * sign_r)[:rank]
     shared_Rn = v_Rn if shared_v_Rn is None else shared_v_Rn
-    return _Decomposed(
+    return Decomposed(
         u_mR=(u_mr * sign_r.T)[:, :rank],
         sigma_R=sigma_r[:rank],
         v_Rn=v_Rn,
@@ -194,7 +204,7 @@ def _decompose(
 
 
 def _combine(
-    parts: list[_Decomposed],
+    parts: list[Decomposed],
     experts: tuple[int, ...],
     frequency_E: torch.Tensor,
     options: MoESVDOptions,

@@ -10,7 +10,7 @@ import torch
 from compress_tool.factorize.latent import solve_latent
 from compress_tool.factorize.moe_svd import MoESVDOptions, solve_moe_svd, trimmed_experts
 from compress_tool.factorize.problem import relative_error, routed_output
-from compress_tool.factorize.sensitivity import layer_sensitivity
+from compress_tool.factorize.sensitivity import measure_layer
 from compress_tool.factorize.shared_v import contiguous_groups, solve_shared_v
 from compress_tool.factors import LatentFactors, LayerFactors, SharedFactors
 from tests.compress_tool.factorize.problems import make_problem
@@ -230,6 +230,6 @@ def test_the_refit_beats_the_printed_method_everywhere():
 
 def test_sensitivity_counts_frequency_over_tokens():
     problem = make_problem()
-    value = layer_sensitivity(problem)
+    value = measure_layer(problem).sensitivity
     # Σ f_i = top-k, r_i = 20 of 20, and outliers of a heavy-tailed product lie around a tenth.
     assert 2 * 20 * 0.03 < value < 2 * 20 * 0.4
