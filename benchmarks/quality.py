@@ -21,10 +21,10 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.continuation import make_questions
 from benchmarks.quality_page import write_page
 from benchmarks.scoring import accuracy, hidden_states, score_text
 from compress_tool.checkpoint import Checkpoint, open_checkpoint
+from compress_tool.continuation import make_questions
 from compress_tool.corpus import default_calibration_text, eval_windows
 from compress_tool.streaming import StreamedModel
 

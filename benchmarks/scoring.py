@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.continuation import Question, pairs, pick
+from benchmarks.continuation import requests_of, share_right
 from compress_tool.checkpoint import Checkpoint
+from compress_tool.continuation import Question
+from compress_tool.likelihood import score_continuations
 from compress_tool.streaming import StreamedModel
 
 BATCH_SIZE = 32
@@ -62,22 +64,14 @@ def score_text(
 def accuracy(checkpoint: Checkpoint, model: StreamedModel, questions: Sequence[Question]) -> float:
     """Share of questions whose true continuation has the highest log-likelihood.
 
-    As lm-evaluation-harness scores `acc` of a multiple-choice task: context and continuation are
-    tokenised together, and the log-probabilities of the continuation's tokens are added.
+    The same code as `compress_tool eval --tasks continuation`, without the harness around it: its
+    `acc` is this number.
     """
-    requests = pairs(checkpoint.path, questions)
-    longest = max(len(ids) for ids, _ in requests)
-    ids_NS = torch.zeros(len(requests), longest, dtype=torch.int64)
-    for row, (ids, _) in enumerate(requests):
-        # Padding on the right: causal attention keeps it from changing what stands before it.
-        ids_NS[row, : len(ids)] = torch.tensor(ids)
-    hidden_NSD = hidden_states(model, checkpoint.num_layers, ids_NS)
-    row_P = torch.tensor([row for row, (ids, first) in enumerate(requests) for _ in ids[first:]])
-    at_P = torch.tensor([at for ids, first in requests for at in range(first - 1, len(ids) - 1)])
-    scores_N = torch.zeros(len(requests), dtype=torch.float64)
-    for part in torch.arange(len(row_P)).split(1024):
-        row, at = row_P[part], at_P[part]
-        log_PV = model.logits(hidden_NSD[row, at][None])[0].log_softmax(-1)
-        chosen_P = log_PV.gather(1, ids_NS[row, at + 1][:, None])[:, 0]
-        scores_N.index_add_(0, row, chosen_P.double())
-    return pick(scores_N.tolist(), questions)
+    scores = score_continuations(
+        checkpoint,
+        model,
+        requests_of(checkpoint.path, questions),
+        batch_size=BATCH_SIZE,
+        progress=lambda stage, done, total, detail: None,
+    )
+    return share_right([score.log_likelihood for score in scores], questions)

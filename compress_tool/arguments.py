@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Final, NoReturn
 
-from compress_tool.config import BASES, COMBINES, METHODS, RATIO_BASES, STORE_DTYPES, WHITENINGS
+from compress_tool.config import (
+    AUTO_K,
+    BASES,
+    COMBINES,
+    METHODS,
+    RATIO_BASES,
+    STORE_DTYPES,
+    WHITENINGS,
+)
 
 EXAMPLES: Final = """examples:
   compress_tool inspect ./Mixtral-8x7B
@@ -14,6 +22,7 @@ EXAMPLES: Final = """examples:
   compress_tool run ./Mixtral-8x7B ./mixtral-moesvd-40 --ratio 0.40
   compress_tool verify ./mixtral-moesvd-40 --against ./Mixtral-8x7B
   compress_tool eval ./mixtral-moesvd-40 --text held-out.txt --against ./Mixtral-8x7B
+  compress_tool eval ./mixtral-moesvd-40 --tasks arc_easy,piqa
 
 exit codes: 0 ok, 2 usage, 3 bad input, 4 resources or unreachable ratio, 5 numerics,
 6 verification failed, 7 unsupported, 75 try again, 130/143 interrupted (state saved)"""
@@ -51,6 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = command("plan", "what `run` would do, from the headers alone: ranks, bytes, time")
     plan.add_argument("source", type=Path, metavar="SRC", help="a checkpoint, or a config.json")
+    plan.add_argument(
+        "--stats",
+        type=Path,
+        metavar="DIR",
+        help="plan from what a `run` with --stats has measured: the layers it would choose, at once",
+    )
     _add_recipe_flags(plan)
 
     run = command("run", "compress a checkpoint")
@@ -76,22 +91,51 @@ def build_parser() -> argparse.ArgumentParser:
         "--against", type=Path, metavar="SRC", help="the dense source: compare weights as well"
     )
 
-    evaluate = command("eval", "perplexity over all windows of a text")
+    evaluate = command("eval", "perplexity over all windows of a text, and accuracy on tasks")
     evaluate.add_argument("checkpoint", type=Path, metavar="DIR")
-    evaluate.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE")
     evaluate.add_argument(
-        "--against", type=Path, metavar="DIR", help="also KL and top-1 agreement with this model"
+        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="text or JSONL files"
+    )
+    evaluate.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="also KL and top-1 agreement with this model, and its score on the tasks",
+    )
+    evaluate.add_argument(
+        "--tasks",
+        metavar="NAME[,NAME]",
+        help="tasks of lm-evaluation-harness (extra `eval`): names, .yaml files, `paper` for the "
+        "eight of the MoE compression papers, or `continuation`, four-choice questions made of "
+        "--text without network",
+    )
+    evaluate.add_argument(
+        "--limit", type=int, metavar="N", help="the first N questions of every task (default: all)"
+    )
+    evaluate.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="solved examples before a question (default: the task's own number)",
     )
     evaluate.add_argument(
         "--seq-len", type=int, default=256, help="tokens per window (default: 256)"
     )
     evaluate.add_argument(
-        "--batch-size", type=int, default=16, help="windows computed at once (default: 16)"
+        "--batch-size", type=int, default=16, help="sequences computed at once (default: 16)"
     )
     _add_device(evaluate)
 
     report = command("report", "write report.html of a finished checkpoint again")
     report.add_argument("checkpoint", type=Path, metavar="OUT")
+    report.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="OUT",
+        help="other compressions of the same model: adds the curve of loss against size",
+    )
 
     export = command("export-dense", "fold the factors back into an ordinary dense checkpoint")
     export.add_argument("checkpoint", type=Path, metavar="OUT")
@@ -138,9 +182,23 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         "--groups", type=int, metavar="G", help="shared-v, moe-svd: V matrices per layer (1)"
     )
     recipe.add_argument(
-        "--k", type=int, metavar="K", help="moe-svd: U matrices combined per expert, 0 for all (2)"
+        "--k",
+        type=_count_or_auto,
+        metavar="K",
+        help="moe-svd: U matrices combined per expert, 0 for all, auto for a number per layer (2)",
     )
-    recipe.add_argument("--combine", choices=COMBINES, help="moe-svd: how the U are combined (eq8)")
+    recipe.add_argument(
+        "--k-lambda",
+        type=float,
+        metavar="L",
+        help="moe-svd with --k auto: price of a U; more keeps fewer (1: those above average)",
+    )
+    recipe.add_argument(
+        "--combine",
+        choices=COMBINES,
+        help="moe-svd: how the U are combined; merge fits one U to each cluster of alike experts, "
+        "k of them (eq8)",
+    )
     recipe.add_argument(
         "--whitening", choices=WHITENINGS, help="moe-svd: whose whitening follows V (top)"
     )
@@ -174,7 +232,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--base",
         choices=BASES,
-        help="d2-moe: what the shared base is; fisher is refused with the reason (regmean)",
+        help="d2-moe: what the shared base is; fisher, the paper's, runs a backward pass (regmean)",
     )
     recipe.add_argument(
         "--base-prune", type=float, metavar="S", help="d2-moe: share of the base's neurons cut (0)"
@@ -195,6 +253,15 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--dtype", choices=STORE_DTYPES, help="dtype of the factors (default: source)"
     )
+
+
+def _count_or_auto(text: str) -> int | str:
+    if text == AUTO_K:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {AUTO_K} or a number") from None
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

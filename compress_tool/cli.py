@@ -92,7 +92,7 @@ def _plan(options: argparse.Namespace, progress: Progress) -> tuple[Result, str]
     from compress_tool.forecast import forecast
     from compress_tool.summary import plan_text
 
-    result = forecast(options.source, _recipe(options))
+    result = forecast(options.source, _recipe(options), options.stats)
     return result, plan_text(result)
 
 
@@ -162,38 +162,29 @@ def _verify(options: argparse.Namespace, progress: Progress) -> tuple[Result, st
 
 
 def _evaluate(options: argparse.Namespace, progress: Progress) -> tuple[Result, str]:
-    from compress_tool.checkpoint import open_checkpoint
-    from compress_tool.evaluate import evaluate
+    from compress_tool.evaluate import evaluate_all
     from compress_tool.pipeline import check_device
     from compress_tool.summary import eval_text
 
-    against = None
-    if options.against is not None:
-        against = open_checkpoint(options.against, allow_factored=True)
-    done = evaluate(
-        open_checkpoint(options.checkpoint, allow_factored=True),
-        options.text,
+    result = evaluate_all(
+        options.checkpoint,
+        against=options.against,
+        files=options.text,
+        tasks=options.tasks,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
         seq_len=options.seq_len,
         batch_size=options.batch_size,
-        against=against,
-        progress=progress,
         device=check_device(options.device),
+        progress=progress,
     )
-    result = {
-        "perplexity": done.perplexity,
-        "tokens": done.tokens,
-        "kl": done.kl,
-        "agreement": done.agreement,
-        "seq_len": options.seq_len,
-        "text": [str(file) for file in options.text],
-    }
     return result, eval_text(result)
 
 
 def _report(options: argparse.Namespace, progress: Progress) -> tuple[Result, str]:
     from compress_tool.report import write_report
 
-    file = write_report(options.checkpoint)
+    file = write_report(options.checkpoint, options.compare)
     return {"report": str(file)}, f"wrote {file}\n"
 
 

@@ -98,8 +98,8 @@ def _streams(checkpoint_path: Path, files: Sequence[Path]) -> list[torch.Tensor]
     """The token stream of each file, int64."""
     if not files:
         raise InputError("no text file given; name at least one text or JSONL file")
-    texts = [list(_texts(file)) for file in files]
-    tokenizer = _tokenizer(checkpoint_path)
+    texts = [list(read_texts(file)) for file in files]
+    tokenizer = open_tokenizer(checkpoint_path)
     streams = []
     for file_texts in texts:
         ids = [token for text in file_texts for token in tokenizer.encode(text).ids]
@@ -107,7 +107,11 @@ def _streams(checkpoint_path: Path, files: Sequence[Path]) -> list[torch.Tensor]
     return streams
 
 
-def _texts(file: Path) -> Iterator[str]:
+def read_texts(file: Path) -> Iterator[str]:
+    """The texts of a file in order: all of a text file, or each line's of a JSONL file.
+
+    Raises InputError for a file that cannot be read, is not UTF-8, or has a line that is wrong.
+    """
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -140,7 +144,8 @@ def _texts(file: Path) -> Iterator[str]:
         yield record["text"]
 
 
-def _tokenizer(checkpoint_path: Path) -> Tokenizer:
+def open_tokenizer(checkpoint_path: Path) -> Tokenizer:
+    """The checkpoint's `tokenizer.json`, without padding and truncation; InputError without it."""
     path = checkpoint_path / "tokenizer.json"
     if not path.is_file():
         raise InputError(

@@ -1,4 +1,4 @@
-"""How well a checkpoint predicts text: perplexity, and the distance to another checkpoint.
+"""How well a checkpoint predicts text: perplexity, distance to another checkpoint, and tasks.
 
 Every token of the text is scored once, except the first of each window. Sums are fp64 and exact
 (`math.fsum`), so the order of the windows changes nothing.
@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
-from compress_tool.checkpoint import EMBEDDING, Checkpoint
+from compress_tool.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
 from compress_tool.corpus import eval_windows
 from compress_tool.errors import InputError, NumericsError, UsageError
 from compress_tool.streaming import StreamedModel
+from compress_tool.tasks import load_tasks, run_tasks, task_names
 
 SCORE_ROWS: Final = 256
 """Positions turned into fp64 probabilities at once: 64 MB for a vocabulary of 32,000."""
@@ -42,6 +43,60 @@ class EvalResult:
     tokens: int
     kl: float | None
     agreement: float | None
+
+
+def evaluate_all(
+    path: Path,
+    *,
+    against: Path | None,
+    files: Sequence[Path],
+    tasks: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    seq_len: int,
+    batch_size: int,
+    device: str,
+    progress: ProgressCallback,
+) -> dict[str, Any]:
+    """What `compress_tool eval` prints: scores on the texts `files` and on `tasks`, either or both.
+
+    `perplexity`, `tokens`, `kl` and `agreement` are None without texts. `tasks` holds per task what
+    `run_tasks` gives, and with `against` the other model's under `against`. Everything is opened
+    and checked before anything is computed; raises the ToolError that says what is wrong.
+    """
+    _check_options(files, tasks, limit, num_fewshot, batch_size)
+    checkpoint = open_checkpoint(path, allow_factored=True)
+    other = None if against is None else open_checkpoint(against, allow_factored=True)
+    loaded = None if tasks is None else load_tasks(task_names(tasks), files)
+    result: dict[str, Any] = dict.fromkeys(("perplexity", "tokens", "kl", "agreement"))
+    if files:
+        scored = evaluate(
+            checkpoint,
+            files,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            against=other,
+            progress=progress,
+            device=device,
+        )
+        result |= asdict(scored)
+    result |= {"seq_len": seq_len, "text": [str(file) for file in files], "tasks": {}}
+    for scores, model in ((result["tasks"], checkpoint), ({}, other)):
+        if loaded is None or model is None:
+            continue
+        scores |= run_tasks(
+            model,
+            loaded,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            progress=progress,
+            device=device,
+        )
+        if model is other:
+            for name, values in scores.items():
+                result["tasks"][name]["against"] = values
+    return result
 
 
 def evaluate(
@@ -108,6 +163,24 @@ def evaluate_windows(
             logits = [m.logits(s[group][rows])[0] for m, s in zip(models, states, strict=True)]
             scores.append(_score(ids_S, logits[0], logits[1] if against is not None else None))
     return _total(checkpoint, scores, compared=against is not None)
+
+
+def _check_options(
+    files: Sequence[Path],
+    tasks: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
+) -> None:
+    if not files and tasks is None:
+        raise UsageError("eval needs --text, --tasks or both; nothing was given to score")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size is {batch_size}, expected at least 1")
+    for flag, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
+        if value is not None and tasks is None:
+            raise UsageError(f"{flag} is about --tasks, and no task is named")
+        if value is not None and value < least:
+            raise UsageError(f"{flag} is {value}, expected at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,7 +52,7 @@ tr:last-child td { border-bottom: 0; }
 """
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, compare: Sequence[Path] = ()) -> Path:
     """Write report.html into the checkpoint `folder` and return its path.
 
     Raises InputError where there is no checkpoint, or report.json is not what `run` writes.

@@ -9,6 +9,9 @@ from typing import Any
 
 from compress_tool.units import bytes_text, clock_text, params_text
 
+NOT_METRICS = frozenset({"samples", "num_fewshot", "version", "against"})
+"""What stands beside the metrics of a task."""
+
 MAX_SHOWN_GROUPS = 8
 """Of layers with equal form and size; a longer list is in the report."""
 
@@ -62,14 +65,33 @@ def verify_text(result: Mapping[str, Any], path: Path) -> str:
 
 
 def eval_text(result: Mapping[str, Any]) -> str:
-    rows = [
-        ("perplexity", f"{result['perplexity']:.4f}"),
-        ("tokens scored", f"{result['tokens']:,}"),
-    ]
+    rows = []
+    if result["perplexity"] is not None:
+        rows.append(("perplexity", f"{result['perplexity']:.4f}"))
+        rows.append(("tokens scored", f"{result['tokens']:,}"))
     if result["kl"] is not None:
         rows.append(("KL to the other model", f"{result['kl']:.5f} nats per token"))
         rows.append(("same best token", f"{result['agreement']:.2%}"))
+    for name, values in result["tasks"].items():
+        rows.extend(_task_rows(name, values))
     return _aligned(rows)
+
+
+def _task_rows(name: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`arc_easy acc    0.8123 ± 0.0080 of 2,376 (the other model 0.8350)`."""
+    rows = []
+    for metric, value in values.items():
+        if metric in NOT_METRICS or "_stderr" in metric:
+            continue
+        base, _, answer_filter = metric.partition(",")
+        error = values.get(f"{base}_stderr{',' if answer_filter else ''}{answer_filter}")
+        text = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        if values.get("samples") is not None:
+            text += f" of {values['samples']:,}"
+        if "against" in values:
+            text += f" (the other model {values['against'][metric]:.4f})"
+        rows.append((f"{name} {metric}", text))
+    return rows
 
 
 def _size_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -22,17 +22,28 @@ SMALL = ["--samples", "12", "--seq-len", "32"]
 FLAGS = {
     "inspect": {"--json"},
     "verify": {"--json", "--against"},
-    "eval": {"--json", "--text", "--against", "--seq-len", "--batch-size", "--device"},
-    "report": {"--json"},
+    "eval": {
+        "--json",
+        "--text",
+        "--against",
+        "--seq-len",
+        "--batch-size",
+        "--device",
+        "--tasks",
+        "--limit",
+        "--num-fewshot",
+    },
+    "report": {"--json", "--compare"},
     "export-dense": {"--json", "--dtype", "--resume"},
 }
 RECIPE_FLAGS = {
     "--recipe", "--ratio", "--ratio-of", "--rank", "--method", "--layers", "--groups", "--k",
+    "--k-lambda",
     "--combine", "--whitening", "--layer-rank-share", "--centre", "--alpha", "--nearest",
     "--refit-steps", "--base", "--base-prune", "--share-v", "--calibration",
     "--samples", "--seq-len", "--batch-size", "--seed", "--dtype",
 }  # fmt: skip
-FLAGS["plan"] = {"--json"} | RECIPE_FLAGS
+FLAGS["plan"] = {"--json", "--stats"} | RECIPE_FLAGS
 FLAGS["run"] = {"--json", "--resume", "--stats", "--device"} | RECIPE_FLAGS
 
 
