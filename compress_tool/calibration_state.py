@@ -3,6 +3,10 @@
     calibration.json            what the calibration is of; another one does not continue it
     layer-00003.safetensors     LayerStatistics of layer 3
     hidden-00003.bin            all hidden states [N, S, D] that left layer 3, raw; only the last
+    probes-source.json          what method auto measured on it, for factors of that dtype
+    sensitivity.json            what method moe-svd measured on it, and the experts that it
+    clusters.json               found to be alike, by layer and ranks
+    fisher-00003.safetensors    the base that d2-moe --base fisher found for layer 3
 
 A layer is done when its hidden states are there, and its statistics are written before them.
 """
@@ -70,7 +74,8 @@ class CalibrationFolder:
         """Remove what an earlier calibration left, check the disk, and say what this one is."""
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        for pattern in ("layer-*.safetensors", "hidden-*.bin", IDENTITY_FILE):
+        derived = "probes-*.json", "sensitivity.json", "clusters.json", "fisher-*"
+        for pattern in ("layer-*.safetensors", "hidden-*.bin", *derived, IDENTITY_FILE):
             for suffix in ("", TEMPORARY_SUFFIX):
                 for file in self.path.glob(pattern + suffix):
                     with storage_errors(file):

@@ -8,14 +8,20 @@ from typing import Any, Final
 
 import torch
 
+from compress_tool.calibration_state import CalibrationFolder
+from compress_tool.calibration_text import calibration_windows
 from compress_tool.checkpoint import Checkpoint, open_checkpoint
-from compress_tool.config import Recipe
+from compress_tool.config import FISHER, Recipe
+from compress_tool.errors import InputError
 from compress_tool.factorize.refit import BATCH_TOKENS
-from compress_tool.planning import first_plan
+from compress_tool.planning import final_plan, first_plan
+from compress_tool.probe import known_probes
 from compress_tool.promised import promised_checkpoint
 from compress_tool.sizing import (
+    FISHER_SEQUENCES,
     PROBE_TOKENS,
     SIZES_PER_LAYER,
+    SizePlan,
     chosen_layers,
     num_calibration_tokens,
     planned_disk_bytes,
@@ -28,13 +34,20 @@ PROBE_SIZE: Final = 768
 """Side of the matrix product that measures this machine, a few hundredths of a second."""
 
 
-def forecast(source: Path, recipe: Recipe) -> dict[str, Any]:
+def forecast(source: Path, recipe: Recipe, statistics: Path | None = None) -> dict[str, Any]:
     """The plan's JSON: sizes and ranks, peak memory, disk and time on this machine.
 
-    `source` is a checkpoint folder, or a config.json (then all tensors count as its dtype).
+    `source` is a checkpoint folder, or a config.json (then all tensors count as its dtype). With
+    `statistics`, the `--stats` folder of an earlier run on the same text, the layers are those that
+    `run` would choose.
     """
     checkpoint = open_source(source)
-    plan = first_plan(checkpoint, recipe, chosen_layers(checkpoint, recipe))
+    if statistics is None:
+        plan = first_plan(checkpoint, recipe, chosen_layers(checkpoint, recipe))
+    else:
+        if source.is_file():
+            raise InputError(f"{source}: --stats needs the checkpoint folder, not a config.json")
+        plan = _plan_from_statistics(checkpoint, recipe, statistics)
     num_tokens = num_calibration_tokens(recipe)
     # Small and tall products reach a fraction of the square one; measured on the bundled model.
     seconds = 3.0 * run_flops(checkpoint, recipe, num_tokens) / _flops_per_second()
@@ -46,9 +59,31 @@ def forecast(source: Path, recipe: Recipe) -> dict[str, Any]:
         "num_layers": checkpoint.num_layers,
         "calibration_tokens": num_tokens,
         "peak_memory_bytes": memory_bytes(checkpoint, recipe, num_tokens),
-        "disk_bytes": planned_disk_bytes(checkpoint, plan, num_tokens),
+        "disk_bytes": planned_disk_bytes(checkpoint, recipe, plan, num_tokens),
         "seconds": round(seconds, 1),
     }
+
+
+def _plan_from_statistics(checkpoint: Checkpoint, recipe: Recipe, statistics: Path) -> SizePlan:
+    """What `run` would do with the calibration in `statistics`; refuses where it is not finished."""
+    layers = chosen_layers(checkpoint, recipe)
+    first_plan(checkpoint, recipe, layers)
+    ids_NS = calibration_windows(checkpoint, recipe).ids_NS
+    folder = CalibrationFolder(
+        checkpoint=checkpoint, ids_NS=ids_NS, path=statistics, dtype=torch.float32
+    )
+    is_measured = recipe.method != "auto" or recipe.rank is not None
+    is_measured = is_measured or not set(layers) - set(known_probes(statistics, recipe))
+    if folder.last_done() != checkpoint.num_layers - 1 or not is_measured:
+        raise InputError(
+            f"{statistics}: has no finished measurements for --method {recipe.method}; a `run` with "
+            "--stats makes them once for all ratios, `plan` without --stats needs none"
+        )
+    return final_plan(checkpoint, recipe, layers, statistics, _silent, ids_NS, "cpu")
+
+
+def _silent(stage: str, done: int, total: int, detail: str) -> None:
+    """Progress of a stage that has nothing left to do."""
 
 
 def open_source(source: Path) -> Checkpoint:
@@ -94,6 +129,10 @@ def memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int
     if recipe.num_refit_steps > 0:
         # Two trajectories and their difference; parameters, gradients, two moments, both results.
         solver += 4 * states + 5 * 4 * layer_params
+    if recipe.base == FISHER:
+        # The backward pass: weights, gradients of one sequence, three sums and a square in fp64.
+        base = 3 * shape.hidden_size * shape.expert_width
+        solver = max(solver, 2 * 4 * layer_params + source_bytes + 4 * 8 * base + batch)
     refit = REFIT_MEMORY_BYTES if recipe.num_refit_steps > 0 else 0
     return BASE_MEMORY_BYTES + refit + max(calibration, solver)
 
@@ -114,6 +153,11 @@ def run_flops(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> float:
     per_layer += recipe.num_refit_steps * 18.0 * batch * shape.top_k * d * f
     if recipe.num_refit_steps > 0:
         per_layer += 2 * expert_pass
+    if recipe.base == FISHER:
+        # Forward twice, backward as much again; squares of every expert's gradient per sequence.
+        sequences = min(recipe.samples, FISHER_SEQUENCES)
+        per_layer += 4 * expert_pass * sequences / recipe.samples
+        per_layer += 8.0 * sequences * shape.num_experts * 3 * d * f
     if recipe.method == "auto" and recipe.rank is None:
         probed = min(PROBE_TOKENS, num_tokens) * SIZES_PER_LAYER / 2
         per_layer += 2.0 * probed * shape.top_k * 3 * d * f * len(checkpoint.moe_layers)

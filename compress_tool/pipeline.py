@@ -18,12 +18,13 @@ import torch
 
 from compress_tool.calibration import ProgressCallback, calibrate
 from compress_tool.calibration_state import statistics_file
+from compress_tool.calibration_text import calibration_files, calibration_windows
 from compress_tool.checkpoint import Checkpoint, open_checkpoint, scan_finite
-from compress_tool.config import Recipe
-from compress_tool.corpus import TokenWindows, default_calibration_text, token_windows
+from compress_tool.config import FISHER, Recipe
 from compress_tool.dropping import drop_layer
 from compress_tool.durable import digest_file, write_file
 from compress_tool.errors import InputError, NumericsError, ResourceError, VerificationError
+from compress_tool.fisher import measure_fisher
 from compress_tool.folder import contained_file, read_json_object
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.manifest import read_manifest, source_identity
@@ -77,16 +78,16 @@ def run(
     """
     checkpoint = open_checkpoint(source, allow_factored=False)
     layers = chosen_layers(checkpoint, recipe)
-    files = [Path(name) for name in recipe.calibration] or [default_calibration_text()]
+    files = calibration_files(recipe)
     forecast = first_plan(checkpoint, recipe, layers)
-    windows = _windows(checkpoint, recipe, files)
+    windows = calibration_windows(checkpoint, recipe)
     num_tokens = windows.ids_NS.numel()
     job = _job(checkpoint, recipe, files)
     with OutputFolder(
         out,
         job=job,
         num_layers=checkpoint.num_layers,
-        planned_bytes=planned_disk_bytes(checkpoint, forecast, num_tokens),
+        planned_bytes=planned_disk_bytes(checkpoint, recipe, forecast, num_tokens),
         resume=resume,
     ) as folder:
         if folder.is_finished:
@@ -104,9 +105,9 @@ def run(
                 device=device,
             )
             ids_NS = windows.ids_NS
-            plan = final_plan(
-                checkpoint, recipe, layers, directory, folder.state, progress, ids_NS, device
-            )
+            if recipe.base == FISHER:
+                measure_fisher(checkpoint, ids_NS, directory, progress, device)
+            plan = final_plan(checkpoint, recipe, layers, directory, progress, ids_NS, device)
             trajectory = None
             if recipe.num_refit_steps > 0:
                 path = folder.state / TRAJECTORY_FOLDER
@@ -168,7 +169,9 @@ def _factor_layers(
                     layer, checkpoint, None, {"form": "dense", "counts": counts}
                 )
             else:
-                problem = layer_problem(checkpoint, recipe, layer, statistics, activation, device)
+                problem = layer_problem(
+                    checkpoint, recipe, layer, statistics, activation, device, directory
+                )
                 if isinstance(spec, DropSpec):
                     folder.save_parts(layer, *drop_layer(checkpoint, layer, spec, problem))
                     entries[layer] = folder.layer_entry(layer)
@@ -234,22 +237,6 @@ def _verify(out: Path, plan: SizePlan, progress: ProgressCallback) -> None:
     progress("verify", 1, 1, "")
     if problems:
         raise VerificationError(f"{problems[0]} ({len(problems)} problems; see `verify {out}`)")
-
-
-def _windows(checkpoint: Checkpoint, recipe: Recipe, files: Sequence[Path]) -> TokenWindows:
-    """Calibration windows, no longer than the model's positions."""
-    longest = checkpoint.config.get("max_position_embeddings")
-    seq_len = recipe.seq_len
-    if isinstance(longest, int) and seq_len > longest:
-        if seq_len != Recipe(ratio=0.5).seq_len:
-            raise InputError(
-                f"--seq-len is {seq_len}, the model's max_position_embeddings is {longest}; "
-                "use a smaller --seq-len"
-            )
-        seq_len = longest
-    return token_windows(
-        checkpoint.path, files, seq_len=seq_len, samples=recipe.samples, seed=recipe.seed
-    )
 
 
 def _job(checkpoint: Checkpoint, recipe: Recipe, files: Sequence[Path]) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from compress_tool.solve import activation_of, layer_problem, stored_output
 from compress_tool.streaming import StreamedModel
 from vllm_moesvd.format import MoEShape
 
-PROBE_FILE: Final = "probes.json"
 MAX_STATE_BYTES: Final = 2**24
 
 FIT_TOKENS: Final = 32768
@@ -79,29 +78,40 @@ def split_sequences(num_sequences: int, seq_len: int) -> SequenceSplit:
     return SequenceSplit(fitted=fitted, probed=probed)
 
 
+def probe_file_name(recipe: Recipe) -> str:
+    """The probes depend on nothing in the recipe but the text and the dtype of the factors."""
+    return f"probes-{recipe.dtype}.json"
+
+
+def known_probes(directory: Path, recipe: Recipe) -> dict[int, LayerProbes]:
+    """The layers of this calibration that have been measured."""
+    name = probe_file_name(recipe)
+    if not (directory / name).exists():
+        return {}
+    found = read_json_object(directory, name, MAX_STATE_BYTES)
+    return {int(layer): values for layer, values in found.items()}
+
+
 def probe_layers(
     checkpoint: Checkpoint,
     recipe: Recipe,
     layers: Sequence[int],
     ids_NS: torch.Tensor,
     directory: Path,
-    state: Path,
     progress: ProgressCallback,
     device: str,
 ) -> dict[int, LayerProbes]:
     """Measure every layer of `layers`; `directory` holds the statistics of the same `ids_NS`.
 
-    Results are kept in `state` as they are found; another process goes on with the next layer.
+    Results are kept beside the statistics as they are found: another process goes on with the next
+    layer, another ratio measures nothing again.
     """
-    file = state / PROBE_FILE
-    known: dict[int, LayerProbes] = {}
-    if file.exists():
-        found = read_json_object(state, PROBE_FILE, MAX_STATE_BYTES)
-        known = {int(layer): values for layer, values in found.items()}
+    file = directory / probe_file_name(recipe)
+    known = known_probes(directory, recipe)
     missing = [layer for layer in layers if layer not in known]
-    progress("probe", len(known), len(layers), "")
+    progress("probe", len(layers) - len(missing), len(layers), "")
     if not missing:
-        return known
+        return {layer: known[layer] for layer in layers}
     num_sequences, seq_len = ids_NS.shape
     split = split_sequences(num_sequences, seq_len)
     probed_NS = ids_NS[list(split.probed)]
@@ -132,8 +142,9 @@ def probe_layers(
         losses = [_kl(model, dense_NSD, hidden_NSD) for hidden_NSD in states]
         known[layer] = dict(zip(names, losses, strict=True))
         write_file(file, [json.dumps(known).encode()])
-        progress("probe", len(known), len(layers), f"layer {layer}")
-    return known
+        done = sum(other in known for other in layers)
+        progress("probe", done, len(layers), f"layer {layer}")
+    return {layer: known[layer] for layer in layers}
 
 
 def observed_layer(

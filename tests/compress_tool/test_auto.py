@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from compress_tool import trajectory
+from compress_tool import calibration, probe, trajectory
 from compress_tool.auto_plan import narrow_loss
 from compress_tool.checkpoint import open_checkpoint
 from compress_tool.config import Recipe
+from compress_tool.errors import InputError
+from compress_tool.forecast import forecast
 from compress_tool.pipeline import run
 from compress_tool.probe import split_sequences
 from compress_tool.trajectory import Trajectory
@@ -61,6 +64,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(source: Path, tmp_path: Path, mo
                 assert not out.exists()
         run(source, out, RECIPE, progress=quiet, resume=True)
         assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_another_ratio_measures_nothing_again(source: Path, tmp_path: Path, monkeypatch):
+    """Probes lie with the statistics; `plan --stats` then names what `run` does, at once."""
+    stats = tmp_path / "stats"
+    with pytest.raises(InputError, match="no finished measurements"):
+        forecast(source, RECIPE, stats)
+    run(source, tmp_path / "a", RECIPE, progress=quiet, statistics=stats)
+    other = replace(RECIPE, ratio=0.25)
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "observed_layer", None)
+        patch.setattr(calibration, "StreamedModel", None)
+        planned = forecast(source, other, stats)
+    run(source, tmp_path / "b", other, progress=quiet, statistics=stats)
+    report = json.loads((tmp_path / "b/report.json").read_text())
+    keys = ("index", "form", "rank", "width")
+    written = [layer for layer in report["layers"] if layer["form"] != "dense"]
+    for mine, theirs in zip(planned["layers"], written, strict=True):
+        assert [mine.get(key) for key in keys] == [theirs.get(key) for key in keys]
+    assert planned["ratio"] == report["ratio"]
+    run(source, tmp_path / "alone", other, progress=quiet)
+    assert digests(tmp_path / "alone") == digests(tmp_path / "b")
+    with pytest.raises(InputError, match="no finished measurements"):
+        forecast(source, replace(other, dtype="bfloat16"), stats)
+    with pytest.raises(InputError, match="another calibration"):
+        forecast(source, replace(other, seed=1), stats)
 
 
 def test_an_uncompressed_prefix_has_no_drift(source: Path, tmp_path: Path):
