@@ -13,7 +13,7 @@ import torch
 
 from compress_tool.calibration_state import calibration_bytes
 from compress_tool.checkpoint import TORCH_DTYPES, Checkpoint
-from compress_tool.config import Recipe
+from compress_tool.config import FISHER, Recipe
 from compress_tool.dropping import plan_drop
 from compress_tool.errors import UsageError
 from compress_tool.factorize.d2_moe import BaseKind, D2Options
@@ -40,6 +40,13 @@ PAPER_K: Final = 2
 
 PROBE_TOKENS: Final = 8192
 """Tokens on which auto measures the KL of a layer compressed alone."""
+
+FISHER_SEQUENCES: Final = 32
+"""Calibration sequences, at most, that `--base fisher` takes the gradient on.
+
+Every sequence adds its own gradient, so 32 are 32 samples of it; the published code takes 1,024 of
+2,048 tokens.
+"""
 
 SIZES_PER_LAYER: Final = 6
 """Sizes at which it does."""
@@ -282,14 +289,26 @@ def num_calibration_tokens(recipe: Recipe) -> int:
     return recipe.samples * recipe.seq_len
 
 
-def planned_disk_bytes(checkpoint: Checkpoint, plan: SizePlan, num_tokens: int) -> int:
+def planned_disk_bytes(
+    checkpoint: Checkpoint, recipe: Recipe, plan: SizePlan, num_tokens: int
+) -> int:
     """Disk that a run needs at its peak: the statistics and the output beside each other.
 
     Sequential calibration adds the hidden states of two models behind two layers.
     """
     trajectory = 4 * num_tokens * checkpoint.shape.hidden_size * 4
     statistics = calibration_bytes(checkpoint, num_tokens, torch.float32)
-    return plan.bytes_after + statistics + trajectory
+    backward = fisher_bytes(checkpoint, recipe.samples, recipe.seq_len)
+    measured = backward if recipe.base == FISHER else 0
+    return plan.bytes_after + statistics + trajectory + measured
+
+
+def fisher_bytes(checkpoint: Checkpoint, num_sequences: int, seq_len: int) -> int:
+    """Disk of `--base fisher` at its peak: the states of all layers, two gradients, the bases."""
+    shape = checkpoint.shape
+    states = min(num_sequences, FISHER_SEQUENCES) * seq_len * shape.hidden_size * 4
+    base = 3 * shape.hidden_size * shape.expert_width * 4
+    return (checkpoint.num_layers + 3) * states + len(checkpoint.moe_layers) * base
 
 
 def _starts_narrow(recipe: Recipe) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import SharedSolution, solve_shared_v
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from compress_tool.factors import LatentFactors, LayerFactors, NarrowFactors, SharedFactors
+from compress_tool.fisher import fisher_base
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.packing import folded_expert, folded_factors
 from compress_tool.sizing import d2_options, moe_svd_options, store_dtype
@@ -67,8 +69,12 @@ def layer_problem(
     statistics: LayerStatistics,
     activation: Activation,
     device: str,
+    directory: Path | None = None,
 ) -> LayerProblem:
-    """The solver's view of one dense layer; at most two experts are kept in memory."""
+    """The solver's view of one dense layer; at most two experts are kept in memory.
+
+    `directory` is where the calibration is: d2-moe with the Fisher base reads it there.
+    """
 
     @lru_cache(maxsize=2)
     def experts(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,6 +88,7 @@ def layer_problem(
         activation=activation,
         store_dtype=store_dtype(checkpoint, recipe, layer),
         device=device,
+        base=None if directory is None else lambda: fisher_base(directory, layer),
     )
 
 

@@ -137,10 +137,7 @@ class StreamedModel:
         try:
             for start in range(0, hidden_NSD.shape[0], batch_size):
                 rows = slice(start, start + batch_size)
-                hidden = hidden_NSD[rows].to(self._device, self._dtype)
-                args, kwargs = self._layer_calls(*hidden.shape[:2])[layer]
-                output = self._layers[layer](hidden, *args, **kwargs)
-                output = output[0] if isinstance(output, tuple) else output
+                output = self.call_layer(layer, hidden_NSD[rows])
                 if not output.isfinite().all():
                     raise NumericsError(
                         f"{self._checkpoint.path}: layer {layer} gives NaN or infinite hidden "
@@ -151,9 +148,26 @@ class StreamedModel:
             self._experts[layer].moesvd_observer = None
         return hidden_NSD
 
+    def call_layer(self, layer: int, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """One batch through one layer, on the device; gradients flow where the caller has them."""
+        self._load(layer)
+        hidden = hidden_BSD.to(self._device, self._dtype)
+        args, kwargs = self._layer_calls(*hidden.shape[:2])[layer]
+        output = self._layers[layer](hidden, *args, **kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def experts_of(self, layer: int) -> Any:
+        """transformers' routed-experts module of an MoE layer."""
+        return self._experts[layer]
+
     @torch.no_grad()
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """Hidden states that left the last layer to logits [B, S, V], fp32, on the device."""
+        return self.call_head(hidden_BSD)
+
+    def call_head(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """`logits`; gradients flow where the caller has them."""
         self._load(LM_HEAD)
         hidden = hidden_BSD.to(self._device, self._dtype)
         with self._layers_replaced(lambda layer, hidden, *args, **kwargs: hidden):

@@ -26,7 +26,7 @@ from compress_tool.factorize.whitening import DAMPING, damped, gram, solve_spd
 from compress_tool.factors import SharedFactors
 from vllm_moesvd.format import PROJECTIONS, Projection
 
-BaseKind = Literal["regmean", "mean", "frequency"]
+BaseKind = Literal["regmean", "mean", "frequency", "fisher"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,8 +121,16 @@ def base_weights(problem: LayerProblem, kind: BaseKind) -> ExpertWeights:
     """Gate, up [F, D] and down [D, F] of the base, fp32.
 
     `regmean` is (Σ W_i G_i)(Σ G_i)⁻¹, the base that alone has the least routed error; where there
-    are no statistics it becomes the mean.
+    are no statistics it becomes the mean. `fisher` was found beforehand, by a backward pass through
+    the model; raises ValueError if the problem does not bring it.
     """
+    if kind == "fisher":
+        if problem.base is None:
+            raise ValueError(
+                "base fisher is not a function of one layer: LayerProblem.base is None"
+            )
+        gate, up, down = (weight.to(problem.device) for weight in problem.base())
+        return gate, up, down
     num_experts = problem.shape.num_experts
     if kind != "regmean":
         share_E = torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float64)

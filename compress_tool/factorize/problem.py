@@ -26,7 +26,8 @@ class LayerProblem:
     `experts(e)` reads expert e's weights when asked, so that only one expert is in memory.
     `store_dtype` is the dtype the factors will be rounded to: solvers refit against the rounded
     shared factor, so that the rounding of V costs nothing. Weights arrive on the device that
-    computes; statistics stay where they are and move there row by row.
+    computes; statistics stay where they are and move there row by row. `base` reads a base for the
+    experts that was found beforehand, on the CPU, where the method has one.
     """
 
     shape: MoEShape
@@ -35,6 +36,7 @@ class LayerProblem:
     activation: Activation
     store_dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    base: Callable[[], ExpertWeights] | None = None
 
     def input_rows(self, expert: int, *, gated: bool = True) -> torch.Tensor:
         """Tokens routed to an expert, times their gate if `gated`; fp32 [n, D]."""

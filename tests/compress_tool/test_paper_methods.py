@@ -19,6 +19,8 @@ SWITCHES = {
     "k-auto-dear": ["--method", "moe-svd", "--k", "auto", "--k-lambda", "1.3", "--groups", "2"],
     "merge": ["--method", "moe-svd", "--combine", "merge", "--k", "3"],
     "merge-auto": ["--method", "moe-svd", "--combine", "merge", "--k", "auto", "--groups", "2"],
+    "fisher": ["--method", "d2-moe", "--base", "fisher"],
+    "fisher-pruned": ["--method", "d2-moe", "--base", "fisher", "--base-prune", "0.4", "--share-v"],
     "merge-none": ["--method", "moe-svd", "--combine", "merge", "--k", "0"],
 }
 
@@ -51,6 +53,9 @@ def test_a_switch_from_source_to_verify(capsys, source: Path, tmp_path: Path, na
     for entry in factored:
         spec = written.layer_spec(entry["index"])
         assert entry["distinct_experts"] == spec.num_slots == len(set(spec.expert_slot))
+        if "fisher" in name:
+            assert spec.num_slots == 6
+            continue
         groups = spec.num_groups
         assert 1 <= entry["k"] <= 6 // groups or "none" in name
         if "merge" in name and "none" not in name:
@@ -77,7 +82,7 @@ def run_words(source: Path, out: Path, name: str) -> list[str]:
     return [str(w) for w in ["run", source, out, "--ratio", "0.4", *SWITCHES[name], *SMALL]]
 
 
-@pytest.mark.parametrize("name", ["k-auto", "merge-auto"])
+@pytest.mark.parametrize("name", ["k-auto", "merge-auto", "fisher"])
 def test_a_killed_run_gives_the_same_bytes(source: Path, tmp_path: Path, monkeypatch, name):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(run_words(source, whole, name)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -69,6 +70,19 @@ def test_each_base_is_the_mean_it_is_named_after():
         gradient += (regmean - weight) @ (x.T @ x)
         scale += weight @ (x.T @ x)
     assert gradient.norm() / scale.norm() < 1e-4
+
+
+def test_a_base_found_beforehand_is_taken_as_it_is():
+    problem = make_problem()
+    with pytest.raises(ValueError, match=r"LayerProblem\.base"):
+        base_weights(problem, "fisher")
+    mean = base_weights(problem, "mean")
+    given = dataclasses.replace(problem, base=lambda: mean)
+    assert error(given, (20, 20), base="fisher") < 1e-11
+    assert error(given, (4, 4), base="fisher") == error(problem, (4, 4), base="mean")
+    # Null test: another base gives another result.
+    zeros = dataclasses.replace(problem, base=lambda: tuple(map(torch.zeros_like, mean)))
+    assert error(zeros, (4, 4), base="fisher") > 1.2 * error(given, (4, 4), base="fisher")
 
 
 def test_a_pruned_base_loses_the_neurons_that_matter_least():
