@@ -56,14 +56,11 @@ class Checkpoint:
     family: Family
     shape: MoEShape
     num_layers: int
+    moe_layers: tuple[int, ...]
+    """Indices of the decoder layers that have routed experts."""
     tied_embeddings: bool
     tensors: dict[str, TensorInfo]
     spec: CheckpointSpec | None
-
-    @property
-    def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the decoder layers that have routed experts."""
-        return tuple(range(self.num_layers))
 
     @property
     def total_params(self) -> int:
@@ -105,10 +102,12 @@ class Checkpoint:
         """Names of the tensors outside the decoder layers, sorted."""
         return sorted(name for name in self.tensors if not name.startswith("model.layers."))
 
-    def router_tensor(self, layer: int) -> str:
-        """Name of the router weight [E, D] in this checkpoint."""
-        name = self.family.router_name.format(layer=layer)
-        return name if name in self.tensors else _fused_router(self.family, layer)
+    def router_tensors(self, layer: int) -> dict[str, str]:
+        """Tensors with one row per expert, [E, D] and maybe [E]: published name → name here."""
+        family = self.family
+        published = [family.router_name, family.router_bias_name]
+        names = [name.format(layer=layer) for name in published if name is not None]
+        return {n: n if n in self.tensors else family.fused_name(layer, n) for n in names}
 
     def is_fused(self, layer: int) -> bool:
         """Whether the layer is dense and stores all experts in two tensors."""
@@ -173,12 +172,14 @@ def open_checkpoint(path: Path, *, allow_factored: bool) -> Checkpoint:
                 "F32; start from an unquantised checkpoint"
             )
     _account_for_every_tensor(model, tensors, root)
+    moe_layers = model.moe_layers(root / CONFIG_FILE)
     return Checkpoint(
         path=root,
         config=dict(config),
         family=model.family,
         shape=model.shape,
         num_layers=model.num_layers,
+        moe_layers=moe_layers,
         tied_embeddings=model.tied_embeddings,
         tensors=tensors,
         spec=model.spec,
@@ -248,8 +249,13 @@ def _account_for_every_tensor(
     _take(remaining, outer, "outside the layers", root)
     for layer in range(model.num_layers):
         where = f"layer {layer} of {model.num_layers}"
+        fused = f"{model.family.fused_prefix.format(layer=layer)}.gate_up_proj"
+        is_fused = fused in remaining and not model.is_factored(layer)
         _take(remaining, model.attention_tensors(layer), where, root)
-        _take(remaining, _moe_tensors(model, layer, remaining, root), where, root)
+        expected = model.mlp_tensors(layer, fused=is_fused)
+        if model.pattern.has_experts(layer):
+            expected |= _expert_shapes(model, layer, is_fused, remaining, root)
+        _take(remaining, expected, where, root)
     if remaining:
         info = next(iter(remaining.values()))
         raise InputError(
@@ -259,29 +265,28 @@ def _account_for_every_tensor(
         )
 
 
-def _moe_tensors(
-    model: ModelConfig, layer: int, remaining: Mapping[str, TensorInfo], root: Path
+def _expert_shapes(
+    model: ModelConfig,
+    layer: int,
+    is_fused: bool,
+    remaining: Mapping[str, TensorInfo],
+    root: Path,
 ) -> dict[str, tuple[int, ...]]:
-    """Router and routed experts that the config promises for one layer."""
+    """The routed experts that the config promises for one layer."""
     family, shape = model.family, model.shape
     d, f, experts = shape.hidden_size, shape.expert_width, shape.num_experts
+    if is_fused:
+        fused = family.fused_prefix.format(layer=layer)
+        return {f"{fused}.gate_up_proj": (experts, 2 * f, d), f"{fused}.down_proj": (experts, d, f)}
     spec = None if model.spec is None else model.spec.layers.get(layer)
-    fused = family.fused_prefix.format(layer=layer)
-    if spec is None and f"{fused}.gate_up_proj" in remaining:
-        return {
-            _fused_router(family, layer): (experts, d),
-            f"{fused}.gate_up_proj": (experts, 2 * f, d),
-            f"{fused}.down_proj": (experts, d, f),
-        }
     if not isinstance(spec, FactoredSpec) and experts > len(remaining):
         raise InputError(
-            f"{root / CONFIG_FILE}: {family.num_experts_key} is {experts}, but for layer {layer} "
-            f"and later the files hold {len(remaining)} tensors"
+            f"{root / CONFIG_FILE}: {family.num_experts_key(model.values)} is {experts}, but for "
+            f"layer {layer} and later the files hold {len(remaining)} tensors"
         )
-    router = {family.router_name.format(layer=layer): (experts, d)}
     if spec is not None:
-        return router | layer_tensors(spec, shape, family, layer)
-    return router | dense_layer_tensors(shape, family, layer)
+        return layer_tensors(spec, shape, family, layer)
+    return dense_layer_tensors(shape, family, layer)
 
 
 def _take(
@@ -311,8 +316,3 @@ def _first_names(names: Iterable[str]) -> str:
     rest = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
     verb = "is" if len(listed) == 1 else "are"
     return f"{', '.join(show(name)[1:-1] for name in listed[:3])}{rest} {verb}"
-
-
-def _fused_router(family: Family, layer: int) -> str:
-    block = family.fused_prefix.format(layer=layer).removesuffix(".experts")
-    return f"{block}.gate.weight"

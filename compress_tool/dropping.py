@@ -2,13 +2,13 @@
 
 The score of an expert is the mean, over the tokens routed to it, of its gate times the norm of
 its output. Every layer loses the same number of experts, with their rows of the router, so that
-the result is an ordinary checkpoint.
+the result is an ordinary checkpoint. Where routing is limited to groups of experts, every group
+loses the same number.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,9 +17,9 @@ from compress_tool.checkpoint import Checkpoint
 from compress_tool.config import Recipe
 from compress_tool.errors import ResourceError, UsageError
 from compress_tool.factorize.problem import LayerProblem, relative_error, routed_output
-from compress_tool.layer_stats import LayerStatistics
 from compress_tool.plain import DropSpec
 from compress_tool.plan import RATIO_WINDOW
+from compress_tool.routing import rerouted
 from compress_tool.shards import Part, copied_parts
 from vllm_moesvd.format import PROJECTIONS
 
@@ -43,10 +43,18 @@ def plan_drop(checkpoint: Checkpoint, recipe: Recipe, layers: Sequence[int]) -> 
         raise UsageError("--rank means nothing to --method drop; give --ratio")
     assert recipe.ratio is not None
     shape = checkpoint.shape
+    groups = checkpoint.family.routing_groups(checkpoint.config)
     ratios = {
         kept: dropped_ratio(checkpoint, recipe, kept)
         for kept in range(shape.num_experts, shape.top_k - 1, -1)
+        if groups is None or groups.problem(kept, shape.top_k) is None
     }
+    if len(ratios) == 1:
+        limit = "" if groups is None else f" in {groups.count} groups, of which {groups.used}"
+        raise ResourceError(
+            f"no expert can be dropped: {shape.top_k} of {shape.num_experts}{limit} are used per "
+            "token; use another --method"
+        )
     enough = [kept for kept, ratio in ratios.items() if ratio >= recipe.ratio - ROUNDING]
     reachable = ", ".join(f"{ratio:.4f}" for ratio in list(ratios.values())[1:])
     if not enough:
@@ -68,7 +76,8 @@ def dropped_ratio(checkpoint: Checkpoint, recipe: Recipe, kept: int) -> float:
     """Share of parameters removed when every layer keeps `kept` experts; router rows included."""
     shape = checkpoint.shape
     dropped = (shape.num_experts - kept) * len(checkpoint.moe_layers)
-    params = dropped * (3 * shape.expert_width + 1) * shape.hidden_size
+    bias = 0 if checkpoint.family.router_bias_name is None else 1
+    params = dropped * ((3 * shape.expert_width + 1) * shape.hidden_size + bias)
     base = checkpoint.routed_params if recipe.ratio_of == "experts" else checkpoint.total_params
     return params / base
 
@@ -89,10 +98,13 @@ def drop_layer(
 ) -> tuple[list[Part], dict[str, Any]]:
     """All parts of the layer's shard, and its manifest entry."""
     scores_E = expert_scores(problem)
-    best = scores_E.argsort(descending=True, stable=True)[: spec.num_experts]
-    kept = sorted(int(expert) for expert in best)
-    router_ED = checkpoint.read(checkpoint.router_tensor(layer))[kept].contiguous()
-    statistics = rerouted(problem.statistics, router_ED, problem.shape.top_k)
+    groups = checkpoint.family.routing_groups(checkpoint.config)
+    kept = kept_experts(scores_E, spec.num_experts, 1 if groups is None else groups.count)
+    router = {
+        published: checkpoint.read(name)[kept].contiguous()
+        for published, name in checkpoint.router_tensors(layer).items()
+    }
+    statistics = rerouted(checkpoint, layer, problem.statistics, router)
     y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
     left_TD = routed_output(statistics, lambda e: problem.experts(kept[e]), problem.activation)
     entry: dict[str, Any] = {
@@ -104,22 +116,25 @@ def drop_layer(
         "weight_error": None,
         "counts": problem.statistics.counts_E.tolist(),
     }
-    return _layer_parts(checkpoint, layer, kept, router_ED), entry
+    return _layer_parts(checkpoint, layer, kept, router), entry
 
 
-def rerouted(statistics: LayerStatistics, router_ED: torch.Tensor, top_k: int) -> LayerStatistics:
-    """The same tokens sent through a router with other rows: softmax over the best `top_k`."""
-    top = (statistics.x_TD.float() @ router_ED.float().T).topk(top_k, dim=-1)
-    return dataclasses.replace(
-        statistics,
-        index_TK=top.indices,
-        gate_TK=torch.softmax(top.values, dim=-1),
-        num_experts=router_ED.shape[0],
-    )
+def kept_experts(scores_E: torch.Tensor, num_kept: int, num_groups: int) -> list[int]:
+    """The experts with the highest scores, as many of every group, ascending.
+
+    Example: scores 1, 2, 3, 4 in two groups, two kept: 1 and 3.
+    """
+    per_group, size = num_kept // num_groups, len(scores_E) // num_groups
+    kept = []
+    for group in range(num_groups):
+        scores = scores_E[group * size : (group + 1) * size]
+        best = scores.argsort(descending=True, stable=True)[:per_group]
+        kept += [group * size + int(expert) for expert in best]
+    return sorted(kept)
 
 
 def _layer_parts(
-    checkpoint: Checkpoint, layer: int, kept: list[int], router_ED: torch.Tensor
+    checkpoint: Checkpoint, layer: int, kept: list[int], router: Mapping[str, torch.Tensor]
 ) -> list[Part]:
     """The layer with experts renumbered; every tensor but the router is copied byte for byte."""
     family = checkpoint.family
@@ -130,13 +145,13 @@ def _layer_parts(
         for position, expert in enumerate(kept)
         for projection in PROJECTIONS
     }
-    router = checkpoint.router_tensor(layer)
     routed = checkpoint.expert_tensors(layer)
-    rest = [n for n in checkpoint.layer_tensors(layer) if n not in {router, *routed}]
+    replaced = {*checkpoint.router_tensors(layer).values(), *routed}
+    rest = [name for name in checkpoint.layer_tensors(layer) if name not in replaced]
     experts = [
         Part(name=renumbered[part.name], data=part.data)
         for part in copied_parts(checkpoint, routed)
         if part.name in renumbered
     ]
-    router_part = Part(name=family.router_name.format(layer=layer), data=router_ED)
-    return [*copied_parts(checkpoint, rest), router_part, *experts]
+    routers = [Part(name=name, data=tensor) for name, tensor in router.items()]
+    return [*copied_parts(checkpoint, rest), *routers, *experts]

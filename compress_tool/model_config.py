@@ -14,12 +14,20 @@ from typing import Any, Final
 from compress_tool.errors import InputError, UnsupportedError
 from compress_tool.folder import refuse_remote_code
 from compress_tool.headers import show
+from compress_tool.model_tensors import (
+    Shapes,
+    attention_tensors,
+    block_tensors,
+    mlp_tensors,
+    outer_tensors,
+)
 from vllm_moesvd.format import (
     CONFIG_KEY,
     FAMILIES,
     CheckpointSpec,
     Family,
     FormatError,
+    LayerPattern,
     MoEShape,
     parse_spec,
 )
@@ -35,6 +43,7 @@ _REQUIRED_SIZES: Final = (
     "num_key_value_heads",
     "vocab_size",
 )
+_LATENT_SIZES: Final = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,35 +54,38 @@ class ModelConfig:
     family: Family
     shape: MoEShape
     num_layers: int
+    pattern: LayerPattern
     head_dim: int
     tied_embeddings: bool
     spec: CheckpointSpec | None
 
-    def outer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the tensors outside the decoder layers."""
-        d, vocab = self.shape.hidden_size, self.values["vocab_size"]
-        tensors: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (vocab, d),
-            "model.norm.weight": (d,),
-        }
-        if not self.tied_embeddings:
-            tensors["lm_head.weight"] = (vocab, d)
-        return tensors
+    def is_factored(self, layer: int) -> bool:
+        return self.spec is not None and layer in self.spec.layers
 
-    def attention_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+    def moe_layers(self, file: Path) -> tuple[int, ...]:
+        """The layers with routed experts; raises UnsupportedError if there are none.
+
+        To be asked once the number of layers is known to be one that exists.
+        """
+        layers = tuple(i for i in range(self.num_layers) if self.pattern.has_experts(i))
+        if not layers:
+            raise UnsupportedError(f"{file}: none of the {self.num_layers} layers has experts")
+        return layers
+
+    def outer_tensors(self) -> Shapes:
+        """Name and shape of the tensors outside the decoder layers."""
+        return outer_tensors(self.values, tied=self.tied_embeddings)
+
+    def attention_tensors(self, layer: int) -> Shapes:
         """Name and shape of one decoder layer's attention and norms."""
-        d = self.shape.hidden_size
-        q_size = self.values["num_attention_heads"] * self.head_dim
-        kv_size = self.values["num_key_value_heads"] * self.head_dim
-        prefix = f"model.layers.{layer}"
-        return {
-            f"{prefix}.input_layernorm.weight": (d,),
-            f"{prefix}.post_attention_layernorm.weight": (d,),
-            f"{prefix}.self_attn.k_proj.weight": (kv_size, d),
-            f"{prefix}.self_attn.o_proj.weight": (d, q_size),
-            f"{prefix}.self_attn.q_proj.weight": (q_size, d),
-            f"{prefix}.self_attn.v_proj.weight": (kv_size, d),
-        }
+        return attention_tensors(self.family, self.values, layer, self.head_dim)
+
+    def mlp_tensors(self, layer: int, *, fused: bool) -> Shapes:
+        """Router and shared expert of an MoE layer, or the MLP of another one."""
+        if self.pattern.has_experts(layer):
+            return block_tensors(self.family, self.values, self.shape, layer, fused=fused)
+        width = self.values["intermediate_size"]
+        return mlp_tensors(f"model.layers.{layer}.mlp", width, self.shape.hidden_size)
 
 
 def check_config(config: Mapping[str, Any], file: Path) -> ModelConfig:
@@ -94,23 +106,36 @@ def check_config(config: Mapping[str, Any], file: Path) -> ModelConfig:
                 f"{file}: {key} says the weights are quantised ({show(method)}); start from the "
                 "BF16, F16 or F32 checkpoint"
             )
-    for key in (*_REQUIRED_SIZES, family.expert_width_key, family.num_experts_key):
+    _check_accepted(config, family, file)
+    for key in (*_REQUIRED_SIZES, family.expert_width_key):
         _positive(config, key, file)
     try:
+        _positive(config, family.num_experts_key(config), file)
         shape = family.moe_shape(config)
+        pattern = family.layer_pattern(config)
+        family.routing_groups(config)
+        if family.shared is not None:
+            family.shared.width(config)
     except FormatError as error:
         raise InputError(f"{file}: {error}") from None
-    head_dim = _head_dim(config, file)
-    _check_optional(config, file)
+    if pattern != LayerPattern():
+        _positive(config, "intermediate_size", file)
+    head_dim = _head_dim(config, family, file)
+    _check_optional(config, family, file)
     num_layers = config["num_hidden_layers"]
+    spec = _spec(config, family, shape, num_layers, file)
+    for layer in () if spec is None else spec.layers:
+        if not pattern.has_experts(layer):
+            raise InputError(f"{file}: {CONFIG_KEY} factors layer {layer}, which has no experts")
     return ModelConfig(
         values=config,
         family=family,
         shape=shape,
         num_layers=num_layers,
+        pattern=pattern,
         head_dim=head_dim,
         tied_embeddings=config.get("tie_word_embeddings", False),
-        spec=_spec(config, family, shape, num_layers, file),
+        spec=spec,
     )
 
 
@@ -137,6 +162,18 @@ def _family(config: Mapping[str, Any], file: Path) -> Family:
     raise UnsupportedError(f"{file}: architecture {show(name)} is not supported; {supported} is")
 
 
+def _check_accepted(config: Mapping[str, Any], family: Family, file: Path) -> None:
+    """Refuse variants of an architecture that have not been tested."""
+    for key, values in family.accepted.items():
+        found = config.get(key)
+        if not any(type(found) is type(value) and found == value for value in values):
+            known = " or ".join("absent" if value is None else show(value) for value in values)
+            raise UnsupportedError(
+                f"{file}: {key} is {show(found)}; of {family.architecture} only {known} is "
+                "supported"
+            )
+
+
 def _spec(
     config: Mapping[str, Any], family: Family, shape: MoEShape, num_layers: int, file: Path
 ) -> CheckpointSpec | None:
@@ -155,7 +192,16 @@ def _spec(
         raise InputError(f"{file}: {error}") from None
 
 
-def _head_dim(config: Mapping[str, Any], file: Path) -> int:
+def _head_dim(config: Mapping[str, Any], family: Family, file: Path) -> int:
+    """Size of a query head; 0 where the family has no such thing."""
+    if family.attention == "latent":
+        for key in _LATENT_SIZES:
+            _positive(config, key, file)
+        if "q_lora_rank" not in config:
+            raise InputError(f"{file}: the key q_lora_rank is missing")
+        if config["q_lora_rank"] is not None:
+            _positive(config, "q_lora_rank", file)
+        return 0
     d, heads, kv_heads = (
         config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
@@ -164,27 +210,36 @@ def _head_dim(config: Mapping[str, Any], file: Path) -> int:
             f"{file}: num_attention_heads is {heads}, not a multiple of num_key_value_heads "
             f"{kv_heads}"
         )
-    if config.get("head_dim") is not None:
-        return _positive(config, "head_dim", file)
+    given = _positive(config, "head_dim", file) if config.get("head_dim") is not None else None
+    if given is not None and (family.free_head_dim or given * heads == d):
+        return given
     if d % heads:
         raise InputError(
             f"{file}: hidden_size is {d}, not a multiple of num_attention_heads {heads}, and "
             "there is no head_dim"
         )
+    if given is not None:
+        raise UnsupportedError(
+            f"{file}: head_dim is {given}; of {family.architecture} only hidden_size over "
+            f"num_attention_heads, {d // heads}, is supported"
+        )
     return int(d) // int(heads)
 
 
-def _check_optional(config: Mapping[str, Any], file: Path) -> None:
+def _check_optional(config: Mapping[str, Any], family: Family, file: Path) -> None:
     """Types of the keys that transformers reads and that may be absent."""
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(
             f"{file}: hidden_act is {show(config['hidden_act'])}, only 'silu' is supported"
         )
-    for key in ("tie_word_embeddings", "use_cache", "output_router_logits"):
+    flags = ("tie_word_embeddings", "use_cache", "output_router_logits", "norm_topk_prob")
+    for key in flags:
         if not isinstance(config.get(key, False), bool):
             raise InputError(f"{file}: {key} must be true or false, found {show(config[key])}")
     for key in ("sliding_window", "max_position_embeddings"):
-        if config.get(key) is not None:
+        # Families with a switch for the window have it off, and transformers writes 0 then.
+        is_off = key == "sliding_window" and "use_sliding_window" in family.accepted
+        if config.get(key) is not None and not (is_off and config[key] == 0):
             _positive(config, key, file)
     for key in ("rms_norm_eps", "rope_theta"):
         _number(config, key, file, smallest=math.ulp(0.0))
@@ -192,6 +247,7 @@ def _check_optional(config: Mapping[str, Any], file: Path) -> None:
         "attention_dropout",
         "initializer_range",
         "router_aux_loss_coef",
+        "routed_scaling_factor",
         "router_jitter_noise",
     ):
         _number(config, key, file, smallest=0.0)

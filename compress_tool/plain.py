@@ -36,8 +36,8 @@ def plain_changes(
         return None
     (spec,) = kinds
     if isinstance(spec, DropSpec):
-        return {checkpoint.family.num_experts_key: spec.num_experts}
-    if isinstance(spec, NarrowSpec):
+        return {checkpoint.family.num_experts_key(checkpoint.config): spec.num_experts}
+    if isinstance(spec, NarrowSpec) and not checkpoint.family.width_is_shared:
         return {checkpoint.family.expert_width_key: spec.width}
     return None
 

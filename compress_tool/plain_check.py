@@ -35,7 +35,8 @@ def plain_layers(
 def changed_keys(checkpoint: Checkpoint, layers: Mapping[int, Mapping[str, Any]]) -> set[str]:
     """The config.json keys in which such a checkpoint differs from its source."""
     family = checkpoint.family
-    keys = {"drop": family.num_experts_key, "narrow": family.expert_width_key}
+    num_experts_key = family.num_experts_key(checkpoint.config)
+    keys = {"drop": num_experts_key, "narrow": family.expert_width_key}
     return {keys[str(entry["form"])] for entry in layers.values()}
 
 
@@ -43,7 +44,7 @@ def changed_tensors(against: Checkpoint, layers: Mapping[int, Mapping[str, Any]]
     """The source's tensors that the output does not hold as they were."""
     names = {name for layer in layers for name in against.expert_tensors(layer)}
     dropped = [layer for layer, entry in layers.items() if entry["form"] == "drop"]
-    return names | {against.router_tensor(layer) for layer in dropped}
+    return names | {name for layer in dropped for name in against.router_tensors(layer).values()}
 
 
 def drop_problems(
@@ -62,9 +63,10 @@ def drop_problems(
             f"{checkpoint.shape.num_experts} experts that were kept"
         )
         return
-    router_ED = against.read(against.router_tensor(layer))[kept]
-    if not torch.equal(checkpoint.read(checkpoint.router_tensor(layer)), router_ED):
-        yield f"{checkpoint.path}: layer {layer}: the router is not the source's rows {kept}"
+    routers = checkpoint.router_tensors(layer)
+    for published, name in against.router_tensors(layer).items():
+        if not torch.equal(checkpoint.read(routers[published]), against.read(name)[kept]):
+            yield f"{checkpoint.path}: layer {layer}: the router is not the source's rows {kept}"
     for position, expert in enumerate(kept):
         for projection in PROJECTIONS:
             ours = checkpoint.expert_weight(layer, position, projection)

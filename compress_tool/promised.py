@@ -36,25 +36,26 @@ def promised_checkpoint(config_file: Path) -> Checkpoint:
     dtype = _STORED[dtype_name]
     if model.num_layers * (3 * model.shape.num_experts + 7) > MAX_TENSORS:
         raise InputError(
-            f"{file}: num_hidden_layers {model.num_layers} times {model.family.num_experts_key} "
-            f"{model.shape.num_experts} are more than {MAX_TENSORS} tensors; correct them"
+            f"{file}: num_hidden_layers {model.num_layers} times "
+            f"{model.family.num_experts_key(config)} {model.shape.num_experts} are more than "
+            f"{MAX_TENSORS} tensors; correct them"
         )
     shapes = model.outer_tensors()
-    experts, d = model.shape.num_experts, model.shape.hidden_size
+    moe_layers = model.moe_layers(file)
     for layer in range(model.num_layers):
-        shapes |= model.attention_tensors(layer)
-        shapes[model.family.router_name.format(layer=layer)] = (experts, d)
+        shapes |= model.attention_tensors(layer) | model.mlp_tensors(layer, fused=False)
         spec = None if model.spec is None else model.spec.layers.get(layer)
-        if spec is None:
-            shapes |= dense_layer_tensors(model.shape, model.family, layer)
-        else:
+        if spec is not None:
             shapes |= layer_tensors(spec, model.shape, model.family, layer)
+        elif layer in moe_layers:
+            shapes |= dense_layer_tensors(model.shape, model.family, layer)
     return Checkpoint(
         path=file.parent,
         config=dict(config),
         family=model.family,
         shape=model.shape,
         num_layers=model.num_layers,
+        moe_layers=moe_layers,
         tied_embeddings=model.tied_embeddings,
         tensors={
             name: TensorInfo(

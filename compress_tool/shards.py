@@ -83,8 +83,9 @@ def copied_parts(checkpoint: Checkpoint, names: Sequence[str]) -> list[Part]:
     fused layout's router gets its published name.
     """
     renamed = {
-        checkpoint.router_tensor(layer): checkpoint.family.router_name.format(layer=layer)
+        found: published
         for layer in checkpoint.moe_layers
+        for published, found in checkpoint.router_tensors(layer).items()
     }
     fused = {
         f"{checkpoint.family.fused_prefix.format(layer=layer)}.{tensor}": layer

@@ -252,7 +252,7 @@ def size_plan(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[int, Planne
     for layer, spec in specs.items():
         infos = [checkpoint.tensors[name] for name in checkpoint.expert_tensors(layer)]
         if isinstance(spec, DropSpec):
-            infos.append(checkpoint.tensors[checkpoint.router_tensor(layer)])
+            infos += [checkpoint.tensors[n] for n in checkpoint.router_tensors(layer).values()]
             # Each expert and its row of the router are one part in num_experts of these tensors.
             share = checkpoint.shape.num_experts - spec.num_experts, checkpoint.shape.num_experts
             params_after -= sum(info.num_params for info in infos) * share[0] // share[1]

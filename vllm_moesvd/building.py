@@ -17,6 +17,7 @@ from math import lcm
 from types import ModuleType
 from typing import Any, Final
 
+import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, MoERunner
 from vllm.model_executor.models.utils import extract_layer_index
@@ -33,15 +34,17 @@ KERNEL_MULTIPLE: Final = 32
 """vLLM's CPU kernel takes hidden sizes that are multiples of 32 and pads widths to it. More is
 safe and costs memory; for bf16 it also makes rows multiples of 64 bytes."""
 UNSUPPORTED_ARGUMENTS: Final = (
-    "gate",
-    "shared_experts",
     "has_bias",
     "apply_router_weight_on_input",
     "routed_input_transform",
     "routed_output_transform",
     "routed_experts_cls",
     "runner_cls",
+    "runner_args",
     "zero_expert_type",
+    "shared_expert_gate",
+    "fuse_shared_experts",
+    "is_sequence_parallel",
 )
 """What a model may ask of its experts and the factored layers have not been taught."""
 
@@ -53,6 +56,32 @@ class BuiltLayer:
     index: int
     spec: LayerSpec
     runner: MoERunner
+
+
+class OuterGateRunner(MoERunner):  # type: ignore[misc]
+    """vLLM's runner for models that leave the router to it, around experts of another hidden size.
+
+    vLLM's own would apply the router to z = V x; this one applies it to x.
+    """
+
+    def __init__(self, *args: Any, router_gate: torch.nn.Module, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The model owns the module; as an attribute its weights would get a second name.
+        object.__setattr__(self, "router_gate", router_gate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Output [T, D]; what the caller passes as `router_logits` is not used."""
+        logits_TE, _ = self.router_gate(hidden_states)
+        output_TD: torch.Tensor = super().forward(
+            hidden_states, logits_TE, input_ids, shared_experts_input
+        )
+        return output_TD
 
 
 @contextmanager
@@ -150,7 +179,14 @@ def _latent_arguments(
     rank = round_up(max(spec.rank_gate_up, spec.rank_down), lcm(KERNEL_MULTIPLE, tp_size))
     hidden_size, prefix = call["hidden_size"], call["prefix"]
     dtype = call.get("params_dtype")
-    return {
+    if spec.bias and call.get("apply_routed_scale_to_output"):
+        # In fp16 vLLM divides everything else by the scale, and there is no hook for the bias.
+        _refuse_half_precision(call)
+    runner: dict[str, Any] = {}
+    if call.get("gate") is not None:
+        router_gate = {"router_gate": call["gate"]}
+        runner = {"gate": None, "runner_cls": OuterGateRunner, "runner_args": router_gate}
+    return runner | {
         "hidden_size": rank,
         "routed_input_transform": latent_input(
             hidden_size,
@@ -168,6 +204,14 @@ def _latent_arguments(
             replicate=replicate,
         ),
     }
+
+
+def _refuse_half_precision(call: dict[str, Any]) -> None:
+    if torch.get_default_dtype() == torch.float16:
+        raise ValueError(
+            f"moesvd: {call['prefix']}: layers with an output bias and a routed scaling factor are "
+            "not supported in float16; use --dtype bfloat16"
+        )
 
 
 def _refuse_unsupported(call: dict[str, Any]) -> None:

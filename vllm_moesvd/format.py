@@ -30,8 +30,10 @@ from vllm_moesvd.families import FAMILIES as FAMILIES
 from vllm_moesvd.families import PROJECTIONS as PROJECTIONS
 from vllm_moesvd.families import Family as Family
 from vllm_moesvd.families import FormatError as FormatError
+from vllm_moesvd.families import LayerPattern as LayerPattern
 from vllm_moesvd.families import MoEShape as MoEShape
 from vllm_moesvd.families import Projection as Projection
+from vllm_moesvd.families import RoutingGroups as RoutingGroups
 from vllm_moesvd.families import positive_int, show
 
 FORMAT_VERSION: Final = 1

@@ -19,6 +19,7 @@ from vllm_moesvd.format import (
     CONFIG_KEY,
     CheckpointSpec,
     Family,
+    FormatError,
     MoEShape,
     dense_layer_tensors,
     layer_tensors,
@@ -43,6 +44,7 @@ class ModelPlan:
     family: Family
     shape: MoEShape
     num_layers: int
+    moe_layers: tuple[int, ...]
     spec: CheckpointSpec
 
 
@@ -52,7 +54,14 @@ def read_plan(family: Family, hf_config: Any) -> ModelPlan:
     shape = family.moe_shape(values)
     num_layers = values["num_hidden_layers"]
     spec = parse_spec(values.get(CONFIG_KEY), shape, num_layers)
-    return ModelPlan(family=family, shape=shape, num_layers=num_layers, spec=spec)
+    pattern = family.layer_pattern(values)
+    moe_layers = tuple(i for i in range(num_layers) if pattern.has_experts(i))
+    for layer in spec.layers:
+        if layer not in moe_layers:
+            raise FormatError(f"moesvd: layer {layer} has no routed experts, it cannot be factored")
+    return ModelPlan(
+        family=family, shape=shape, num_layers=num_layers, moe_layers=moe_layers, spec=spec
+    )
 
 
 def expected_tensors(plan: ModelPlan, hf_config: Any) -> dict[str, tuple[int, ...]]:
@@ -67,20 +76,18 @@ def expected_tensors(plan: ModelPlan, hf_config: Any) -> dict[str, tuple[int, ..
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
     expected: dict[str, tuple[int, ...]] = {}
-    blocks = [
-        (
-            family.fused_prefix.format(layer=layer).removesuffix("experts"),
-            family.experts_prefix.format(layer=layer).removesuffix("experts"),
-        )
-        for layer in range(plan.num_layers)
-    ]
+    modules = {
+        family.fused_prefix.format(layer=i).removesuffix("experts"): i for i in plan.moe_layers
+    }
     for name, tensor in model.state_dict().items():
-        block = next((pair for pair in blocks if name.startswith(pair[0])), None)
-        if block is None:
+        # `model.layers.7.mlp.` of `model.layers.7.mlp.gate.weight`
+        module = ".".join(name.split(".")[:4]) + "."
+        if module not in modules:
             expected[name] = tuple(tensor.shape)
-        elif not name.startswith(f"{block[0]}experts."):
-            expected[block[1] + name.removeprefix(block[0])] = tuple(tensor.shape)
-    for layer in range(plan.num_layers):
+        elif not name.startswith(f"{module}experts."):
+            published = family.block_prefix(modules[module])
+            expected[published + name.removeprefix(module)] = tuple(tensor.shape)
+    for layer in plan.moe_layers:
         spec = plan.spec.layers.get(layer)
         if spec is None:
             expected |= dense_layer_tensors(plan.shape, family, layer)

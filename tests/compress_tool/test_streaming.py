@@ -211,7 +211,7 @@ def test_the_observer_sees_every_token_once_and_its_routing(tmp_path):
     x, index, gate = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert [len(batch[0]) for batch in seen] == [24, 24, 12]
     assert x.shape == (60, 64)
-    router = checkpoint.read(checkpoint.router_tensor(0))
+    router = checkpoint.read(*checkpoint.router_tensors(0).values())
     scores, expected_index = (x @ router.T).softmax(dim=-1).topk(2, dim=-1)
     assert torch.equal(index, expected_index)
     torch.testing.assert_close(gate, scores / scores.sum(dim=-1, keepdim=True))

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from tests.checkpoints import mixtral_config, mixtral_tensors, write_checkpoint
+from tests.checkpoints import write_checkpoint
+from tests.families import BY_NAME, family_config, family_tensors
 from vllm_moesvd.format import (
     CONFIG_KEY,
-    FAMILIES,
+    PROJECTIONS,
     CheckpointSpec,
     FactoredSpec,
+    Family,
     LatentSpec,
     LayerSpec,
     MoEShape,
@@ -27,7 +29,7 @@ from vllm_moesvd.format import (
     spec_to_json,
 )
 
-MIXTRAL = FAMILIES[0]
+MIXTRAL = BY_NAME["mixtral"]
 
 EXACT_LAYERS: dict[int, LayerSpec] = {
     1: LatentSpec(rank_gate_up=64, rank_down=64, width=96),
@@ -84,12 +86,17 @@ class HandMade:
 
 
 def hand_made(
-    layers: dict[int, LayerSpec], *, exact: bool, seed: int = 0, **config_changes: Any
+    layers: dict[int, LayerSpec],
+    *,
+    exact: bool,
+    seed: int = 0,
+    family: Family = MIXTRAL,
+    **config_changes: Any,
 ) -> HandMade:
     """Six decoder layers; those in `layers` are factored, the others are dense."""
-    dense_config = mixtral_config(num_hidden_layers=6, **config_changes)
-    shape = MIXTRAL.moe_shape(dense_config)
-    dense = mixtral_tensors(dense_config, seed)
+    dense_config = family_config(family.name, num_hidden_layers=6, **config_changes)
+    shape = family.moe_shape(dense_config)
+    dense = family_tensors(dense_config, seed)
     # Logits below one, so that an error of a log probability is an error of fp32 at 1.
     if "lm_head.weight" in dense:
         dense["lm_head.weight"] *= 0.25
@@ -97,23 +104,23 @@ def hand_made(
     generator = torch.Generator().manual_seed(seed + 1)
     bias: dict[int, torch.Tensor] = {}
     for layer, spec in layers.items():
-        prefix = f"{MIXTRAL.experts_prefix.format(layer=layer)}."
+        prefix = f"{family.experts_prefix.format(layer=layer)}."
         for name in [name for name in factored if name.startswith(prefix)]:
             del factored[name]
         factors = {
             name: _factor(name, size, exact, generator)
-            for name, size in layer_tensors(spec, shape, MIXTRAL, layer).items()
+            for name, size in layer_tensors(spec, shape, family, layer).items()
         }
         factored |= factors
         bare = {name.removeprefix(prefix): tensor for name, tensor in factors.items()}
         for expert in range(shape.num_experts):
-            weights = fold(spec, shape, bare, expert)
-            for name, weight in zip(("w1", "w3", "w2"), weights, strict=True):
-                dense[f"{prefix}{expert}.{name}.weight"] = weight
+            weights = fold(spec, shape, bare, expert, family)
+            for projection, weight in zip(PROJECTIONS, weights, strict=True):
+                dense[family.expert_tensor(layer, expert, projection)] = weight
         if "moesvd.bias_down" in bare:
             bias[layer] = bare["moesvd.bias_down"]
     config = dense_config | {
-        "architectures": [MIXTRAL.factored_architecture],
+        "architectures": [family.factored_architecture],
         CONFIG_KEY: spec_to_json(CheckpointSpec(layers=layers)),
     }
     return HandMade(
@@ -126,7 +133,11 @@ def hand_made(
 
 
 def fold(
-    spec: LayerSpec, shape: MoEShape, factors: dict[str, torch.Tensor], expert: int
+    spec: LayerSpec,
+    shape: MoEShape,
+    factors: dict[str, torch.Tensor],
+    expert: int,
+    family: Family = MIXTRAL,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gate, up [F, D] and down [D, F] of one expert in fp32, from factors by their bare names.
 
@@ -140,7 +151,8 @@ def fold(
             for p in ("gate", "up", "down")
         ]
     else:
-        products = [factors[f"{expert}.{p}.weight"].double() for p in ("w1", "w3", "w2")]
+        names = [family.projection_name(projection) for projection in PROJECTIONS]
+        products = [factors[f"{expert}.{name}.weight"].double() for name in names]
         if isinstance(spec, LatentSpec):
             v, q = factors["moesvd.v_gate_up"].double(), factors["moesvd.q_down"].double()
             products = [products[0] @ v, products[1] @ v, q @ products[2]]

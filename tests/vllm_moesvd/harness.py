@@ -60,7 +60,8 @@ def run_moe_block(
     model: torch.nn.Module, config: VllmConfig, layer: int, x_TD: torch.Tensor
 ) -> torch.Tensor:
     """Router and experts of one decoder layer applied to tokens."""
-    block = model.model.layers[layer].block_sparse_moe
+    decoder = model.model.layers[layer]
+    block = decoder.block_sparse_moe if hasattr(decoder, "block_sparse_moe") else decoder.mlp
     with set_current_vllm_config(config), set_forward_context(None, config), torch.no_grad():
         return block(x_TD.clone())
 

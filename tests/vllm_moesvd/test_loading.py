@@ -79,6 +79,7 @@ def test_a_dense_checkpoint_has_the_published_names(tmp_path) -> None:
             family=MIXTRAL,
             shape=MIXTRAL.moe_shape(hf_config.to_dict()),
             num_layers=hf_config.num_hidden_layers,
+            moe_layers=tuple(range(hf_config.num_hidden_layers)),
             spec=CheckpointSpec(layers={}),
         )
         with safetensors.safe_open(path / "model.safetensors", framework="pt") as file:
