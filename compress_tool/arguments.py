@@ -124,6 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--batch-size", type=int, default=16, help="sequences computed at once (default: 16)"
     )
+    evaluate.add_argument(
+        "--dynamic-prune",
+        type=float,
+        metavar="S",
+        help="d2-moe: leave out this share of the base's neurons, the least important of every "
+        "batch; for evaluation only, vLLM serves the whole base",
+    )
     _add_device(evaluate)
 
     report = command("report", "write report.html of a finished checkpoint again")

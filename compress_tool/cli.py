@@ -175,6 +175,7 @@ def _evaluate(options: argparse.Namespace, progress: Progress) -> tuple[Result, 
         num_fewshot=options.num_fewshot,
         seq_len=options.seq_len,
         batch_size=options.batch_size,
+        dynamic_prune=options.dynamic_prune,
         device=check_device(options.device),
         progress=progress,
     )

@@ -19,6 +19,7 @@ import torch
 
 from compress_tool.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
 from compress_tool.corpus import eval_windows
+from compress_tool.dynamic_prune import with_dynamic_prune
 from compress_tool.errors import InputError, NumericsError, UsageError
 from compress_tool.streaming import StreamedModel
 from compress_tool.tasks import load_tasks, run_tasks, task_names
@@ -57,6 +58,7 @@ def evaluate_all(
     batch_size: int,
     device: str,
     progress: ProgressCallback,
+    dynamic_prune: float | None = None,
 ) -> dict[str, Any]:
     """What `compress_tool eval` prints: scores on the texts `files` and on `tasks`, either or both.
 
@@ -66,6 +68,8 @@ def evaluate_all(
     """
     _check_options(files, tasks, limit, num_fewshot, batch_size)
     checkpoint = open_checkpoint(path, allow_factored=True)
+    if dynamic_prune is not None:
+        checkpoint = with_dynamic_prune(checkpoint, dynamic_prune)
     other = None if against is None else open_checkpoint(against, allow_factored=True)
     loaded = None if tasks is None else load_tasks(task_names(tasks), files)
     result: dict[str, Any] = dict.fromkeys(("perplexity", "tokens", "kl", "agreement"))
@@ -80,6 +84,7 @@ def evaluate_all(
             device=device,
         )
         result |= asdict(scored)
+    result |= {"dynamic_prune": dynamic_prune}
     result |= {"seq_len": seq_len, "text": [str(file) for file in files], "tasks": {}}
     for scores, model in ((result["tasks"], checkpoint), ({}, other)):
         if loaded is None or model is None:

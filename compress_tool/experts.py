@@ -44,17 +44,27 @@ def forward(
     """`y = bias + sum over k of g_k * W2 (act(W1 x) * (W3 x))`, summed in fp32, experts in order.
 
     `module.moesvd_observer` (an Observer or None) sees the arguments; `module.moesvd_bias_D` is
-    added once per token, or is None. The experts may have any width, the same for all.
+    added once per token, or is None. `module.moesvd_dynamic` (a DynamicBase or None) leaves neurons
+    of a shared base out of this batch. The experts may have any width, the same for all.
     """
     if module.moesvd_observer is not None:
         module.moesvd_observer(x_TD, index_TK, gate_TK)
+    left_out = None
+    if module.moesvd_dynamic is not None:
+        left_out = module.moesvd_dynamic.left_out(module, x_TD, gate_TK)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     for expert in range(module.num_experts):
         token, slot = torch.nonzero(index_TK == expert, as_tuple=True)
         if len(token) == 0:
             continue
-        h = module._apply_gate(linear(x_TD[token], module.gate_up_proj[expert]))
-        y = linear(h, module.down_proj[expert]).float()
+        a = linear(x_TD[token], module.gate_up_proj[expert])
+        if left_out is not None:
+            a = left_out.take_from_neurons(a, x_TD[token])
+        h = module._apply_gate(a)
+        y = linear(h, module.down_proj[expert])
+        if left_out is not None:
+            y = left_out.take_from_output(y, h)
+        y = y.float()
         # A token meets an expert at most once, so no two additions race for one row.
         y_TD.index_add_(0, token, y * gate_TK[token, slot, None].float())
     if module.moesvd_bias_D is not None:

@@ -21,7 +21,7 @@ def experts_module() -> MixtralExperts:
     for weight in module.parameters():
         weight.data.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
         weight.requires_grad_(False)
-    module.moesvd_observer = module.moesvd_bias_D = None
+    module.moesvd_observer = module.moesvd_bias_D = module.moesvd_dynamic = None
     return module
 
 
