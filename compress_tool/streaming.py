@@ -51,12 +51,10 @@ class StreamedModel:
         self._dtype = dtype
         self._model = meta_model(checkpoint, dtype, self._device)
         self._layers = list(self._model.base_model.layers)
-        self._experts = [
-            self._model.get_submodule(checkpoint.family.fused_prefix.format(layer=layer))
-            for layer in range(checkpoint.num_layers)
-        ]
-        for layer, experts in enumerate(self._experts):
-            check_experts(experts, checkpoint.family.fused_prefix.format(layer=layer))
+        names = {i: checkpoint.family.fused_prefix.format(layer=i) for i in checkpoint.moe_layers}
+        self._experts = {i: self._model.get_submodule(name) for i, name in names.items()}
+        for layer, experts in self._experts.items():
+            check_experts(experts, names[layer])
             experts.moesvd_observer = experts.moesvd_bias_D = experts.moesvd_dynamic = None
         self._meta: dict[str, torch.Tensor] = self._model.state_dict(keep_vars=True)
         self._parts = _parameters_by_part(self._meta, self._model, checkpoint.num_layers)
@@ -117,7 +115,7 @@ class StreamedModel:
             return
         for name in self._parts[part]:
             self._set(name, self._meta[name])
-        if isinstance(part, int):
+        if isinstance(part, int) and part in self._experts:
             self._experts[part].moesvd_bias_D = self._experts[part].moesvd_dynamic = None
 
     @torch.no_grad()
@@ -130,11 +128,14 @@ class StreamedModel:
     ) -> torch.Tensor:
         """Replace the hidden states of all sequences by what `layer` makes of them; returns them.
 
-        `observer` sees the input of the routed experts and the routing, batch by batch in order.
+        `observer` sees the input of the routed experts and the routing, batch by batch in order;
+        a layer without experts has nothing to see.
         Raises NumericsError when an output is not finite.
         """
         self._load(layer)
-        self._experts[layer].moesvd_observer = observer
+        experts = self._experts.get(layer)
+        if experts is not None:
+            experts.moesvd_observer = observer
         try:
             for start in range(0, hidden_NSD.shape[0], batch_size):
                 rows = slice(start, start + batch_size)
@@ -146,7 +147,8 @@ class StreamedModel:
                     )
                 hidden_NSD[rows] = output.to(hidden_NSD)
         finally:
-            self._experts[layer].moesvd_observer = None
+            if experts is not None:
+                experts.moesvd_observer = None
         return hidden_NSD
 
     def call_layer(self, layer: int, hidden_BSD: torch.Tensor) -> torch.Tensor:
@@ -224,23 +226,21 @@ class StreamedModel:
     def _load_decoder_layer(self, layer: int) -> None:
         checkpoint, family = self._checkpoint, self._checkpoint.family
         expert_names = set(checkpoint.expert_tensors(layer))
-        # transformers 5 names the routed block otherwise than the published checkpoints do.
-        published = family.experts_prefix.format(layer=layer).removesuffix("experts")
-        module = family.fused_prefix.format(layer=layer).removesuffix("experts")
         for name in checkpoint.layer_tensors(layer):
             if name not in expert_names:
-                renamed = name
-                if name.startswith(published):
-                    renamed = module + name.removeprefix(published)
-                self._place(renamed, checkpoint.read(name))
-        gate_up_EFD, down_EDF = self._stacked_experts(layer)
-        self._place(f"{module}experts.gate_up_proj", gate_up_EFD)
-        self._place(f"{module}experts.down_proj", down_EDF)
-        bias_D = layer_bias(checkpoint, layer)
-        self._experts[layer].moesvd_bias_D = None if bias_D is None else bias_D.to(self._device)
-        self._experts[layer].moesvd_dynamic = dynamic_base(
-            checkpoint, layer, self._device, self._dtype
-        )
+                # transformers 5 names the routed block otherwise than published Mixtrals do.
+                self._place(family.fused_name(layer, name), checkpoint.read(name))
+        if layer in self._experts:
+            module = family.fused_prefix.format(layer=layer)
+            gate_up_EFD, down_EDF = self._stacked_experts(layer)
+            self._place(f"{module}.gate_up_proj", gate_up_EFD)
+            self._place(f"{module}.down_proj", down_EDF)
+            bias_D = layer_bias(checkpoint, layer)
+            on_device = None if bias_D is None else bias_D.to(self._device)
+            self._experts[layer].moesvd_bias_D = on_device
+            self._experts[layer].moesvd_dynamic = dynamic_base(
+                checkpoint, layer, self._device, self._dtype
+            )
         self._check_complete(layer)
 
     def _stacked_experts(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,9 +267,11 @@ class StreamedModel:
                 f"{self._checkpoint.path}: tensor {name} has no place in transformers' "
                 f"{type(self._model).__name__}; this transformers version is not supported"
             )
-        tensor = tensor.to(self._device, self._dtype)
         if isinstance(self._meta[name], torch.nn.Parameter):
-            tensor = torch.nn.Parameter(tensor, requires_grad=False)
+            tensor = torch.nn.Parameter(tensor.to(self._device, self._dtype), requires_grad=False)
+        else:
+            # A buffer, such as the bias of a router, keeps the precision it was published in.
+            tensor = tensor.to(self._device)
         self._set(name, tensor)
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
