@@ -65,7 +65,7 @@ def forecast(source: Path, recipe: Recipe, statistics: Path | None = None) -> di
 
 
 def _plan_from_statistics(checkpoint: Checkpoint, recipe: Recipe, statistics: Path) -> SizePlan:
-    """What `run` would do with the calibration in `statistics`; refuses where it is not finished."""
+    """What `run` would do with the calibration in `statistics`; refused if it is not finished."""
     layers = chosen_layers(checkpoint, recipe)
     first_plan(checkpoint, recipe, layers)
     ids_NS = calibration_windows(checkpoint, recipe).ids_NS
@@ -76,8 +76,8 @@ def _plan_from_statistics(checkpoint: Checkpoint, recipe: Recipe, statistics: Pa
     is_measured = is_measured or not set(layers) - set(known_probes(statistics, recipe))
     if folder.last_done() != checkpoint.num_layers - 1 or not is_measured:
         raise InputError(
-            f"{statistics}: has no finished measurements for --method {recipe.method}; a `run` with "
-            "--stats makes them once for all ratios, `plan` without --stats needs none"
+            f"{statistics}: has no finished measurements for --method {recipe.method}; a `run` "
+            "with --stats makes them once for all ratios, `plan` without it needs none"
         )
     return final_plan(checkpoint, recipe, layers, statistics, _silent, ids_NS, "cpu")
 

@@ -123,7 +123,9 @@ def run(
             if not resume:
                 folder.discard()
             raise
-        report = run_report(checkpoint, recipe, plan, entries, windows, files)
+        report = run_report(
+            checkpoint, recipe, plan, entries, windows, files, directory, trajectory
+        )
         _finish(checkpoint, recipe, plan, folder, report)
     _verify(folder.out, plan, progress)
     write_report(folder.out)
