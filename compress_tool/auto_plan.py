@@ -91,6 +91,20 @@ def narrow_loss(probes: LayerProbes, shape: MoEShape, width: int) -> float:
     return math.exp(math.log(lower[1]) + slope * (width - lower[0]))
 
 
+def expected_kl(
+    spec: LayerSpec | None, probes: LayerProbes, shape: MoEShape, *, refitted: bool
+) -> float:
+    """The loss at which the allocator took this layer; 0 for a dense one."""
+    if spec is None:
+        return 0.0
+    if not isinstance(spec, LatentSpec | NarrowSpec):
+        raise TypeError(f"auto never chooses the form {spec.form}")
+    kl = (NARROW_REFIT_SHARE if refitted else 1.0) * narrow_loss(probes, shape, spec.width)
+    if isinstance(spec, LatentSpec):
+        kl += (LATENT_REFIT_SHARE if refitted else 1.0) * probes[f"latent-{spec.rank_gate_up}"]
+    return kl
+
+
 def _candidates(
     checkpoint: Checkpoint,
     budget: Budget,

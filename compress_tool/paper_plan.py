@@ -140,6 +140,17 @@ def _paper_layers(
     return tuple(sorted(ascending[:count]))
 
 
+def known_measures(directory: Path) -> dict[int, LayerMeasures]:
+    """The layers of the calibration in `directory` that have been measured."""
+    return {
+        int(layer): LayerMeasures(
+            sensitivity=value["sensitivity"], singular_sums=tuple(value["singular_sums"])
+        )
+        for layer, value in _kept(directory, MEASURES_FILE).items()
+        if isinstance(value, dict)
+    }
+
+
 def _measures(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -148,13 +159,7 @@ def _measures(
     progress: ProgressCallback,
 ) -> dict[int, LayerMeasures]:
     """S_L and singular values of every layer, kept beside the statistics as they are found."""
-    known = {
-        int(layer): LayerMeasures(
-            sensitivity=value["sensitivity"], singular_sums=tuple(value["singular_sums"])
-        )
-        for layer, value in _kept(directory, MEASURES_FILE).items()
-        if isinstance(value, dict)
-    }
+    known = known_measures(directory)
     activation = activation_of(checkpoint)
     for done, layer in enumerate(layers):
         progress("sensitivity", done, len(layers), f"layer {layer}")

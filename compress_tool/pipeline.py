@@ -17,20 +17,17 @@ from typing import Any
 import torch
 
 from compress_tool.calibration import ProgressCallback, calibrate
-from compress_tool.calibration_state import statistics_file
 from compress_tool.calibration_text import calibration_files, calibration_windows
 from compress_tool.checkpoint import Checkpoint, open_checkpoint, scan_finite
 from compress_tool.config import FISHER, Recipe
-from compress_tool.dropping import drop_layer
 from compress_tool.durable import digest_file, write_file
 from compress_tool.errors import InputError, NumericsError, ResourceError, VerificationError
 from compress_tool.fisher import measure_fisher
 from compress_tool.folder import contained_file, read_json_object
-from compress_tool.layer_stats import LayerStatistics
+from compress_tool.layer_work import LayerWork, write_layers
 from compress_tool.manifest import read_manifest, source_identity
 from compress_tool.model_card import model_card
-from compress_tool.packing import pack_layer
-from compress_tool.plain import DropSpec, output_config
+from compress_tool.plain import output_config
 from compress_tool.planning import final_plan, first_plan
 from compress_tool.report import write_report
 from compress_tool.run_report import routing_warnings, run_report
@@ -38,9 +35,7 @@ from compress_tool.sizing import (
     SizePlan,
     chosen_layers,
     planned_disk_bytes,
-    store_dtype,
 )
-from compress_tool.solve import activation_of, layer_problem, solve_layer
 from compress_tool.trajectory import Trajectory
 from compress_tool.verify import verify
 from compress_tool.writer import OutputFolder
@@ -112,9 +107,16 @@ def run(
             if recipe.num_refit_steps > 0:
                 path = folder.state / TRAJECTORY_FOLDER
                 trajectory = Trajectory(checkpoint, ids_NS, path, recipe.batch_size, device)
-            entries = _factor_layers(
-                checkpoint, recipe, plan, directory, folder, progress, device, trajectory
+            work = LayerWork(
+                checkpoint=checkpoint,
+                recipe=recipe,
+                plan=plan,
+                statistics=directory,
+                folder=folder,
+                device=device,
+                trajectory=trajectory,
             )
+            entries = write_layers(work, progress)
         except NumericsError:
             # The same numbers would come again: no --resume could complete this run.
             folder.discard()
@@ -135,64 +137,6 @@ def run(
         already_finished=False,
         peak_memory_bytes=_peak_memory_bytes(),
     )
-
-
-def _factor_layers(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    plan: SizePlan,
-    directory: Path,
-    folder: OutputFolder,
-    progress: ProgressCallback,
-    device: str,
-    trajectory: Trajectory | None,
-) -> dict[int, dict[str, Any]]:
-    """Factor and write every layer that is not on disk yet; returns the manifest entries.
-
-    With a trajectory each layer is solved behind the compressed prefix, else on the statistics.
-    """
-    activation = activation_of(checkpoint)
-    entries: dict[int, dict[str, Any]] = {}
-    for layer in range(checkpoint.num_layers):
-        progress("factor", layer, checkpoint.num_layers, f"layer {layer}")
-        if not folder.has_layer(layer):
-            spec, drift_TD = plan.specs.get(layer), None
-            if spec is not None and trajectory is not None:
-                task = trajectory.task(layer)
-                statistics, drift_TD = task.statistics, task.drift_TD
-            elif layer in checkpoint.moe_layers:
-                statistics = LayerStatistics.load(statistics_file(directory, layer))
-            if spec is None:
-                if trajectory is not None:
-                    trajectory.run_dense(layer)
-                    trajectory.commit(layer, None)
-                counts = statistics.counts_E.tolist() if layer in checkpoint.moe_layers else []
-                folder.save_layer_shard(
-                    layer, checkpoint, None, {"form": "dense", "counts": counts}
-                )
-            else:
-                problem = layer_problem(
-                    checkpoint, recipe, layer, statistics, activation, device, directory
-                )
-                if isinstance(spec, DropSpec):
-                    folder.save_parts(layer, *drop_layer(checkpoint, layer, spec, problem))
-                    entries[layer] = folder.layer_entry(layer)
-                    continue
-                solved = solve_layer(checkpoint, recipe, layer, spec, problem, drift_TD)
-                if trajectory is not None:
-                    trajectory.commit(layer, solved.change_TD)
-                assert solved.factors.spec == spec, "the plan's sizes are a promise"
-                dtype = store_dtype(checkpoint, recipe, layer)
-                tensors = pack_layer(
-                    solved.factors, checkpoint.family, checkpoint.shape, layer, dtype
-                )
-                folder.save_layer_shard(layer, checkpoint, tensors, solved.entry)
-            if trajectory is not None:
-                trajectory.forget(layer)
-        entries[layer] = folder.layer_entry(layer)
-    folder.carry_over(checkpoint)
-    progress("factor", checkpoint.num_layers, checkpoint.num_layers, "")
-    return entries
 
 
 def _finish(

@@ -139,7 +139,7 @@ def probe_layers(
         for after in range(layer + 1, checkpoint.num_layers):
             for hidden_NSD in states:
                 model.run_layer(after, hidden_NSD, recipe.batch_size)
-        losses = [_kl(model, dense_NSD, hidden_NSD) for hidden_NSD in states]
+        losses = [mean_kl(model, dense_NSD, hidden_NSD) for hidden_NSD in states]
         known[layer] = dict(zip(names, losses, strict=True))
         write_file(file, [json.dumps(known).encode()])
         done = sum(other in known for other in layers)
@@ -185,7 +185,7 @@ def _rows(statistics: LayerStatistics, token_n: torch.Tensor) -> LayerStatistics
     )
 
 
-def _kl(model: StreamedModel, dense_NSD: torch.Tensor, hidden_NSD: torch.Tensor) -> float:
+def mean_kl(model: StreamedModel, dense_NSD: torch.Tensor, hidden_NSD: torch.Tensor) -> float:
     """Mean KL(dense || compressed) per token, nats, one sequence at a time."""
     total = 0.0
     for sequence in range(len(dense_NSD)):

@@ -1,51 +1,54 @@
-"""The figures of report.html, as PNG bytes. matplotlib is imported when the first one is drawn.
+"""Figures of report.html about sizes and losses, as PNG bytes; `report_maps` has the others.
 
-Shapes: L layers, E experts.
+Every function takes entries of report.json (see `report`) sorted by layer and accepts layers
+without the keys it draws. Shapes: L layers.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compress_tool.report_style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GRID,
+    INK,
+    LABELLED_LAYERS,
+    ORANGE,
+    PART_COLOURS,
+    VERMILION,
+    column,
+    form_colour,
+    indices,
+    layer_axis,
+    legend_above,
+    panel_title,
+    panels,
+    png,
+    side_by_side,
+)
 from compress_tool.units import bytes_text, percent_text
-
-FloatArray = np.ndarray[tuple[Any, ...], np.dtype[np.float64]]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-INK: Final = "#1f2933"
-FAINT: Final = "#9aa5b1"
-PART_COLOURS: Final = {
-    "routed experts": "#2a6f97",
-    "attention": "#e09f3e",
-    "embeddings": "#9aa5b1",
-    "router and norms": "#9e2a2b",
-}
-FORM_COLOURS: Final = {
-    "latent": "#2a6f97",
-    "shared-v": "#468b6b",
-    "svd": "#e09f3e",
-    "narrow": "#8d6a9f",
-    "drop": "#b5534c",
-    "dense": "#c3cbd3",
-}
-DPI: Final = 160
+Layers = Sequence[Mapping[str, Any]]
 
 
 def sizes_figure(parts: Mapping[str, tuple[int, int]]) -> bytes:
     """Two stacked bars: bytes before and after, by part of the model."""
-    figure, axes = _figure(9.0, 2.3)
+    figure, (axes,) = panels(2.3)
     totals = [sum(pair[side] for pair in parts.values()) for side in (0, 1)]
     left = [0, 0]
     for part, pair in parts.items():
+        if not any(pair):
+            continue
         colour = PART_COLOURS.get(part, FAINT)
-        axes.barh([1, 0], pair, left=left, height=0.62, color=colour, label=part)
+        axes.barh([1, 0], pair, left=left, height=0.62, color=colour, label=part, ec="white")
         for side, row in ((0, 1), (1, 0)):
             if pair[side] > 0.08 * totals[0]:
                 axes.text(
@@ -54,7 +57,7 @@ def sizes_figure(parts: Mapping[str, tuple[int, int]]) -> bytes:
                     bytes_text(pair[side]),
                     ha="center",
                     va="center",
-                    color="white",
+                    color="white" if part == "routed experts" else INK,
                 )
             left[side] += pair[side]
     for side, row in ((0, 1), (1, 0)):
@@ -63,196 +66,198 @@ def sizes_figure(parts: Mapping[str, tuple[int, int]]) -> bytes:
     axes.set_yticks([1, 0], ["before", "after"])
     axes.set_xticks([])
     axes.set_xlim(0, 1.22 * max(totals))
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.42, -0.02), ncols=4, frameon=False)
-    return _png(figure)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.42, -0.02), ncols=5, frameon=False)
+    return png(figure)
 
 
-def layers_figure(layers: Sequence[Mapping[str, Any]]) -> bytes:
-    """Ranks of every layer above its predicted and measured loss."""
+def choices_figure(layers: Layers) -> bytes:
+    """The form of every layer with the share of its experts that is left, and its ranks."""
     from matplotlib.patches import Patch
 
-    figure, (ranks, losses) = _stacked_figure(9.0, 4.8)
-    index_L = np.array([layer["index"] for layer in layers])
-    forms = [str(layer.get("form", "dense")) for layer in layers]
-    handles: list[Patch] = []
-    for offset, key, alpha, label in (
-        (-0.2, "rank_gate_up", 1.0, "gate/up"),
-        (0.2, "rank_down", 0.55, "down"),
-    ):
-        rank_L = _column(layers, key)
-        ranks.bar(
-            index_L + offset,
-            np.nan_to_num(rank_L),
-            width=0.38,
-            color=[_form_colour(form) for form in forms],
-            alpha=alpha,
-        )
-        if len(layers) <= 16:
-            for x, rank in zip(index_L + offset, rank_L, strict=True):
-                if np.isfinite(rank):
-                    ranks.text(x, rank, f"{rank:.0f}", ha="center", va="bottom", fontsize=8)
-        handles.append(Patch(color=INK, alpha=alpha, label=label))
-    handles += [Patch(color=_form_colour(form), label=form) for form in dict.fromkeys(forms)]
-    for x, form in zip(index_L, forms, strict=True):
-        if form == "dense" and len(layers) <= 16:
-            ranks.text(x, 0, "dense", ha="center", va="bottom", fontsize=8, color=FAINT)
-    ranks.set_ylabel("rank")
-    ranks.margins(y=0.12)
-    ranks.legend(
-        handles=handles, frameon=False, ncols=6, loc="lower right", bbox_to_anchor=(1.0, 1.0)
-    )
-    for key, marker, colour, label in (
-        ("predicted_loss", "o", "#e09f3e", "energy beyond both ranks"),
-        ("measured_loss", "D", "#9e2a2b", "measured on the layer's output"),
-    ):
-        loss_L = np.where([form == "dense" for form in forms], np.nan, _column(layers, key))
-        if np.isfinite(loss_L).any():
-            losses.plot(index_L, loss_L, marker, ms=6, color=colour, label=label, ls="-", lw=1)
-    losses.set_ylabel("relative squared error")
-    losses.set_ylim(bottom=0)
-    losses.set_xlabel("layer")
-    losses.set_xticks(_ticks(index_L))
-    if losses.get_legend_handles_labels()[0]:
-        losses.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
-    return _png(figure)
+    shares = ("width_share", "rank_gate_up_share", "rank_down_share")
+    drawn = [key for key in shares if np.isfinite(column(layers, key)).any()]
+    figure, axes = panels(4.6 if drawn else 2.6, 2 if drawn else 1)
+    index_L = indices(layers)
+    forms = [str(layer.get("shown_form", "dense")) for layer in layers]
+    kept_L = np.nan_to_num(column(layers, "kept"), nan=1.0)
+    axes[0].bar(index_L, kept_L, width=0.8, color=[form_colour(form) for form in forms])
+    if len(layers) <= LABELLED_LAYERS:
+        for x, kept in zip(index_L, kept_L, strict=True):
+            axes[0].text(x, kept, f"{kept:.0%}", ha="center", va="bottom", fontsize=8, color=INK)
+    axes[0].set_ylim(0, 1.12)
+    axes[0].set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    axes[0].set_ylabel("experts' weights left")
+    axes[0].grid(axis="y", color=GRID, lw=0.6)
+    handles = [Patch(color=form_colour(form), label=form) for form in dict.fromkeys(forms)]
+    legend_above(axes[0], handles=handles)
+    labels = ("neurons of an expert", "rank of gate and up", "rank of down")
+    marks = zip(shares, ("s", "^", "v"), (BLUE, ORANGE, VERMILION), labels, strict=True)
+    for key, marker, colour, label in marks:
+        if key in drawn:
+            axes[1].plot(
+                index_L, column(layers, key), marker, color=colour, label=label, ms=6, mec="white"
+            )
+    if drawn:
+        axes[1].set_ylim(0, 1.08)
+        axes[1].set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+        axes[1].set_ylabel("share of full size")
+        axes[1].grid(axis="y", color=GRID, lw=0.6)
+        legend_above(axes[1])
+    layer_axis(axes[-1], index_L)
+    return png(figure)
 
 
-def routing_figure(layers: Sequence[Mapping[str, Any]]) -> bytes:
-    """Heat map of how often each expert is routed to, with the never-routed ones marked."""
-    counts_EL = np.array([layer["counts"] for layer in layers], dtype=np.float64).T
-    num_experts, num_layers = counts_EL.shape
-    load_EL = counts_EL * num_experts / np.maximum(counts_EL.sum(axis=0), 1)
-    height = min(7.0, max(2.6, 1.2 + 0.3 * num_experts))
-    figure, axes = _figure(9.0, height)
-    image = axes.imshow(load_EL, aspect="auto", cmap="YlGnBu", vmin=0, vmax=max(2.0, load_EL.max()))
-    if num_experts * num_layers <= 256:
-        for (expert, layer), load in np.ndenumerate(load_EL):
-            if counts_EL[expert, layer] > 0:
-                dark = load > 0.6 * image.get_clim()[1]
-                text_colour = "white" if dark else INK
-                axes.text(
-                    layer, expert, f"{load:.2f}", ha="center", va="center", fontsize=8,
-                    color=text_colour,
-                )  # fmt: skip
-    never = np.argwhere(counts_EL == 0)
-    size = 9.0 if num_experts * num_layers <= 256 else 3.0
-    (cross,) = axes.plot(never[:, 1], never[:, 0], "x", color="#9e2a2b", label="never routed")
-    cross.set(markersize=size, markeredgewidth=size / 4)
-    axes.set_xticks(
-        _ticks(np.arange(num_layers)),
-        [str(layers[i]["index"]) for i in _ticks(np.arange(num_layers))],
-    )
-    axes.set_yticks(_ticks(np.arange(num_experts)))
-    axes.set_xlabel("layer")
-    axes.set_ylabel("expert")
-    if len(never):
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
-    bar = figure.colorbar(image, ax=axes, pad=0.015)
-    bar.set_label("share of an even load")
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    return _png(figure)
-
-
-def spectra_figure(layers: Sequence[Mapping[str, Any]]) -> bytes:
-    """What a cut at each rank would lose, one line per layer, with the chosen cuts."""
+def sensitivity_figure(layers: Layers) -> bytes:
+    """What compressing one layer alone costs the model, one line per probed size, log scale."""
     import matplotlib
 
-    figure, panels = _side_by_side_figure(9.0, 3.6)
-    colour_of = matplotlib.colormaps["viridis"]
-    last = max(layer["index"] for layer in layers) or 1
-    for axes, kind, title in zip(
-        panels, ("gate_up", "down"), ("gate and up: input side", "down: output side"), strict=True
-    ):
-        for layer in layers:
-            lost = lost_energy(layer.get(f"spectrum_{kind}") or ())
-            if not len(lost):
-                continue
-            colour = colour_of(0.92 * layer["index"] / last)
-            axes.plot(np.arange(len(lost)), lost, color=colour, lw=1.2)
-            rank = layer.get(f"rank_{kind}")
-            if isinstance(rank, int) and rank < len(lost) and lost[rank] > 0:
-                axes.plot(rank, lost[rank], "o", color=colour, ms=5, mec="white", mew=0.6)
+    figure, (axes,) = panels(3.4)
+    index_L = indices(layers)
+    names = list(dict.fromkeys(name for layer in layers for name in layer.get("probes") or {}))
+    kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in names))
+    for kind, marker, style in zip(kinds, "osD^v", ("-", "--", ":", "-.", "-"), strict=False):
+        sizes = sorted(int(n.rpartition("-")[2]) for n in names if n.rpartition("-")[0] == kind)
+        for place, size in enumerate(sizes):
+            shade = matplotlib.colormaps["viridis"](0.85 * place / max(1, len(sizes) - 1))
+            probes = [(layer.get("probes") or {}).get(f"{kind}-{size}") for layer in layers]
+            loss_L = np.array([np.nan if value is None else value for value in probes])
+            word = "rank" if kind == "latent" else "width"
+            axes.plot(
+                index_L, loss_L, marker + style, color=shade, ms=4, lw=1.2,
+                label=f"{kind}, {word} {size}",
+            )  # fmt: skip
+    score_L = column(layers, "sensitivity")
+    if np.isfinite(score_L).any():
+        axes.plot(index_L, score_L, "o-", color=INK, ms=4, lw=1.2, label="S_L of MoE-SVD")
+    if (np.nan_to_num(score_L) > 0).any() or names:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=1e-4, top=1.3)
-        axes.set_title(title, fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("rank kept")
-        axes.grid(axis="y", color="#e4e7eb", lw=0.6)
-    panels[0].set_ylabel("share of energy lost")
-    scale = matplotlib.cm.ScalarMappable(
-        matplotlib.colors.Normalize(0, last / 0.92), cmap="viridis"
-    )
-    bar = figure.colorbar(scale, ax=panels, pad=0.015, boundaries=np.linspace(0, last, 100))
-    bar.set_ticks(_ticks(np.arange(last + 1), most=8).tolist())
-    bar.set_label("layer")
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    return _png(figure)
+    axes.set_ylabel("KL, nats per token" if names else "sensitivity S_L")
+    axes.grid(axis="y", color=GRID, lw=0.6)
+    layer_axis(axes, index_L)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return png(figure)
 
 
-def lost_energy(eigenvalues: Sequence[float]) -> FloatArray:
-    """`lost[r]` = share of the sum that lies beyond the first r eigenvalues.
-
-    Example: (3, 1) → (1, 0.25, 0).
-    """
-    values = np.maximum(np.asarray(eigenvalues, dtype=np.float64), 0.0)
-    total = values.sum()
-    if total <= 0:
-        return np.zeros(0)
-    kept = np.concatenate([[0.0], np.cumsum(values)])
-    lost: FloatArray = np.maximum(total - kept, 0.0) / total
-    return lost
-
-
-def _column(layers: Sequence[Mapping[str, Any]], key: str) -> FloatArray:
-    values = (layer.get(key) for layer in layers)
-    return np.array([np.nan if v is None else float(v) for v in values])
-
-
-def _form_colour(form: str) -> str:
-    return FORM_COLOURS.get(form, FAINT)
-
-
-def _ticks(values: np.ndarray, most: int = 16) -> np.ndarray:
-    return values[:: max(1, -(-len(values) // most))]
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _empty_figure(width, height)
-    return figure, _clean(figure.add_subplot())
+def losses_figure(layers: Layers) -> bytes:
+    """Predicted and measured loss of every layer's output, along the layers and as a scatter."""
+    figure, (along, scatter) = side_by_side(3.4, (1.75, 1.0), share_y=False)
+    index_L = indices(layers)
+    is_dense = [layer.get("form", "dense") == "dense" for layer in layers]
+    loss = {
+        key: np.where(is_dense, np.nan, column(layers, key))
+        for key in ("predicted_loss", "measured_loss")
+    }
+    was_refitted = any(layer.get("refit_error_after") is not None for layer in layers)
+    for key, marker, colour, label in (
+        ("predicted_loss", "o", ORANGE, f"predicted{' before the refit' * was_refitted}"),
+        ("measured_loss", "D", BLUE, "measured"),
+    ):
+        if np.isfinite(loss[key]).any():
+            along.plot(index_L, loss[key], f"{marker}-", ms=5, lw=1, color=colour, label=label)
+    along.set_ylim(bottom=0)
+    along.set_ylabel("relative squared error")
+    along.grid(axis="y", color=GRID, lw=0.6)
+    legend_above(along)
+    layer_axis(along, index_L)
+    x_L, y_L = loss["predicted_loss"], loss["measured_loss"]
+    is_known = np.isfinite(x_L) & np.isfinite(y_L) & (x_L > 0) & (y_L > 0)
+    _scatter(scatter, x_L[is_known], y_L[is_known], index_L[is_known])
+    return png(figure)
 
 
-def _stacked_figure(width: float, height: float) -> tuple[Figure, tuple[Axes, Axes]]:
-    figure = _empty_figure(width, height)
-    upper = _clean(figure.add_subplot(2, 1, 1))
-    return figure, (upper, _clean(figure.add_subplot(2, 1, 2, sharex=upper)))
+def _scatter(axes: Axes, x_n: np.ndarray, y_n: np.ndarray, index_n: np.ndarray) -> None:
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("measured")
+    if not len(x_n):
+        axes.text(0.5, 0.5, "no layer has both", ha="center", va="center", color=FAINT)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    low = 0.7 * min(x_n.min(), y_n.min())
+    high = 1.4 * max(x_n.max(), y_n.max())
+    axes.plot([low, high], [low, high], color=FAINT, lw=1, ls="--")
+    axes.plot(x_n, y_n, "o", color=BLUE, ms=5, mec="white", mew=0.6)
+    if len(index_n) <= LABELLED_LAYERS:
+        # Neighbours on the diagonal get their numbers on opposite sides.
+        for place, number in enumerate(np.argsort(x_n * y_n)):
+            axes.annotate(
+                str(index_n[number]),
+                (x_n[number], y_n[number]),
+                xytext=(6, -3) if place % 2 else (-6, -3),
+                ha="left" if place % 2 else "right",
+                textcoords="offset points",
+                fontsize=8,
+                color=INK,
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+    _few_log_ticks(axes, low, high)
 
 
-def _side_by_side_figure(width: float, height: float) -> tuple[Figure, tuple[Axes, Axes]]:
-    figure = _empty_figure(width, height)
-    left = _clean(figure.add_subplot(1, 2, 1))
-    return figure, (left, _clean(figure.add_subplot(1, 2, 2, sharey=left)))
+def _few_log_ticks(axes: Axes, low: float, high: float) -> None:
+    """Three labels: those of a log axis over less than a decade run into each other."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    values = [float(f"{value:.1g}") for value in np.geomspace(1.25 * low, 0.8 * high, 3)]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_ticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
 
 
-def _empty_figure(width: float, height: float) -> Figure:
-    # A Figure of its own, not pyplot: no window system and no state between reports.
-    from matplotlib.figure import Figure
+def joint_figure(layers: Layers, measured: float | None) -> bytes:
+    """The KL that the plan expected, layer by layer on top of each other, beside the measured."""
+    import matplotlib
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure, (axes,) = panels(2.1)
+    kl_L = np.nan_to_num(column(layers, "predicted_kl"))
+    left, last = 0.0, max(1, int(indices(layers).max()))
+    for index, kl in zip(indices(layers), kl_L, strict=True):
+        colour = matplotlib.colormaps["viridis"](0.92 * index / last)
+        axes.barh(1, kl, left=left, height=0.6, color=colour, ec="white", lw=0.5)
+        if kl > 0.05 * max(kl_L.sum(), measured or 0.0):
+            ink = "white" if index < 0.6 * last else INK
+            axes.text(left + kl / 2, 1, str(index), ha="center", va="center", fontsize=8, color=ink)
+        left += kl
+    axes.text(left, 1, f"  {left:.4g}", va="center", color=INK)
+    rows, names = [1], ["expected, by layer"]
+    if measured is not None:
+        axes.barh(0, measured, height=0.6, color=GREEN)
+        axes.text(measured, 0, f"  {measured:.4g}", va="center", color=INK)
+        rows, names = [1, 0], [*names, "measured, all layers"]
+    axes.set_yticks(rows, names)
+    axes.set_xlim(0, 1.15 * max(left, measured or 0.0, 1e-12))
+    axes.set_xlabel("KL to the dense model, nats per token")
+    axes.tick_params(axis="y", length=0)
+    return png(figure)
 
 
-def _clean(axes: Axes) -> Axes:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    return axes
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # Without the version of matplotlib inside, equal numbers give equal bytes.
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
+def pareto_figure(runs: Sequence[Mapping[str, Any]], measure: str, title: str) -> bytes:
+    """Loss against bytes left, a line per method; `runs` are rows with method, bytes and loss."""
+    figure, (axes,) = panels(3.6)
+    markers = "oDs^vPX*<>"
+    colours = (BLUE, ORANGE, GREEN, VERMILION, "#cc79a7", "#56b4e9", INK, FAINT)
+    methods = list(dict.fromkeys(str(run["method"]) for run in runs))
+    for place, method in enumerate(methods):
+        own = sorted((r for r in runs if r["method"] == method), key=lambda r: float(r["share"]))
+        x_n = np.array([100 * float(run["share"]) for run in own])
+        y_n = np.array([float(run[measure]) for run in own])
+        axes.plot(
+            x_n, y_n, f"{markers[place % len(markers)]}-", color=colours[place % len(colours)],
+            ms=7, lw=1.3, mec="white", label=method,
+        )  # fmt: skip
+    losses = [float(run[measure]) for run in runs]
+    if min(losses) > 0 and max(losses) > 10 * min(losses):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("size left, % of the source's bytes")
+    axes.set_ylabel(title)
+    axes.grid(color=GRID, lw=0.6)
+    panel_title(axes, "down and left is better")
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return png(figure)

@@ -10,6 +10,7 @@ Memory: two sets of hidden states and one decoder layer. Disk: two sets for each
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from compress_tool.calibration_state import byte_chunks
 from compress_tool.checkpoint import Checkpoint
 from compress_tool.durable import write_file
 from compress_tool.layer_stats import LayerStatistics
-from compress_tool.probe import observed_layer
+from compress_tool.probe import mean_kl, observed_layer
 from compress_tool.streaming import StreamedModel
 
 
@@ -86,6 +87,14 @@ class Trajectory:
         for file in self._path.iterdir():
             if file not in keep:
                 file.unlink()
+
+    def final_kl(self, sequences: Sequence[int]) -> float:
+        """Mean KL(dense || compressed) per token of these sequences, nats, after the last layer."""
+        self._enter(self._checkpoint.num_layers)
+        rows = list(sequences)
+        kl = mean_kl(self._model, self._dense_NSD[rows], self._ours_NSD[rows])
+        self._model.free()
+        return kl
 
     def _enter(self, layer: int) -> None:
         if self._entered == layer:
