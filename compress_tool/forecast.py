@@ -103,11 +103,6 @@ def _flops_per_second() -> float:
     return 2.0 * PROBE_SIZE**3 / best
 
 
-REFIT_MEMORY_BYTES: Final = 700 * 2**20
-"""What a refit adds for autograd, the optimiser's code and the allocator: measured 0.67 GB more
-than the forecast without it, on a model of 4 layers with 16 experts of 512 x 128."""
-
-
 def memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int:
     """Peak memory of a run: the larger of calibration and the solver, for one layer.
 
@@ -133,8 +128,7 @@ def memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int
         # The backward pass: weights, gradients of one sequence, three sums and a square in fp64.
         base = 3 * shape.hidden_size * shape.expert_width
         solver = max(solver, 2 * 4 * layer_params + source_bytes + 4 * 8 * base + batch)
-    refit = REFIT_MEMORY_BYTES if recipe.num_refit_steps > 0 else 0
-    return BASE_MEMORY_BYTES + refit + max(calibration, solver)
+    return BASE_MEMORY_BYTES + max(calibration, solver)
 
 
 def run_flops(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compress_tool.factorize.problem import LayerProblem
+from compress_tool.factorize.problem import LayerProblem, energy
 from compress_tool.factorize.shared_basis import solve_shared_basis
 from compress_tool.factorize.whitening import gram, solve_spd, symmetric_eigen, tail_share
 from compress_tool.factors import LatentFactors
@@ -67,7 +67,7 @@ def solve_latent(
     project_RD = solve_spd(q_DR.T @ q_DR, q_DR.T)
     bias_D = None if mean_D is None else _bias(mean_D.to(q_DR.device), q_DR, project_RD)
     down = [(project_RD @ problem.experts(expert)[2].double()).float() for expert in experts]
-    energy = y_TD.double().square().sum().item()
+    total = energy(y_TD)
     tail = tail_share(spectrum_D, rank_down) * spectrum_D.clamp(min=0).sum().item()
     return LatentSolution(
         factors=LatentFactors(
@@ -81,7 +81,7 @@ def solve_latent(
         spectrum_gate_up=gate_up.spectrum_D,
         spectrum_down=spectrum_D,
         predicted_gate_up=gate_up.predicted_loss,
-        predicted_down=tail / energy if energy > 0 else 0.0,
+        predicted_down=tail / total if total > 0 else 0.0,
         random_floor_gate_up=gate_up.random_floor,
         # Random down weights spread the output evenly over all D directions.
         random_floor_down=1 - rank_down / problem.shape.hidden_size,

@@ -72,10 +72,20 @@ def routed_output(
     return y_TD
 
 
+def energy(y_TD: torch.Tensor) -> float:
+    """‖y‖² in fp64, a chunk of tokens at a time."""
+    return sum(rows.double().square().sum().item() for rows in y_TD.split(TOKEN_CHUNK))
+
+
 def relative_error(y_TD: torch.Tensor, approximation_TD: torch.Tensor) -> float:
     """‖y − ŷ‖² / ‖y‖², in fp64 sums; 0 for a layer whose output is all zero and stays so."""
-    error = (y_TD.double() - approximation_TD.double()).square().sum().item()
-    energy = y_TD.double().square().sum().item()
-    if energy == 0.0:
+    error = sum(
+        (rows.double() - other.double()).square().sum().item()
+        for rows, other in zip(
+            y_TD.split(TOKEN_CHUNK), approximation_TD.split(TOKEN_CHUNK), strict=True
+        )
+    )
+    total = energy(y_TD)
+    if total == 0.0:
         return 0.0 if error == 0.0 else float("inf")
-    return error / energy
+    return error / total

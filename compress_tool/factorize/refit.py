@@ -17,7 +17,7 @@ from typing import Final
 
 import torch
 
-from compress_tool.factorize.problem import LayerProblem
+from compress_tool.factorize.problem import LayerProblem, energy
 from compress_tool.factors import LatentFactors, NarrowFactors
 
 BATCH_TOKENS: Final = 2048
@@ -94,15 +94,15 @@ def _descend(
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     generator = torch.Generator().manual_seed(seed)
     num_fitted = len(fitted_n)
-    energy = target_TD.double().square().mean().item()
+    scale = max(energy(target_TD) / target_TD.numel(), torch.finfo(torch.float32).tiny)
     batch = min(BATCH_TOKENS, num_fitted)
     steps = min(steps, MAX_PASSES * math.ceil(num_fitted / batch))
     shuffled_n = fitted_n[torch.randperm(num_fitted, generator=generator)]
     position = 0
     for step in range(steps):
-        scale = min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        pace = min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * scale
+            group["lr"] = rate * pace
         if position + batch > num_fitted:
             shuffled_n = fitted_n[torch.randperm(num_fitted, generator=generator)]
             position = 0
@@ -111,7 +111,7 @@ def _descend(
         with torch.enable_grad():
             y_nD = _output(problem, factors, fitted, token_n)
             error = (y_nD - target_TD[token_n].to(y_nD.device)).square().mean()
-            loss = error / max(energy, torch.finfo(torch.float32).tiny)
+            loss = error / scale
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -176,10 +176,10 @@ def _error(
     target_TD: torch.Tensor,
     token_n: torch.Tensor,
 ) -> float:
-    error = energy = 0.0
+    error = total = 0.0
     for chunk in torch.split(token_n, BATCH_TOKENS):
         target_nD = target_TD[chunk].double()
         y_nD = _output(problem, factors, tensors, chunk).double().cpu()
         error += (y_nD - target_nD).square().sum().item()
-        energy += target_nD.square().sum().item()
-    return error / energy if energy > 0 else 0.0
+        total += target_nD.square().sum().item()
+    return error / total if total > 0 else 0.0
