@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import split
 
 from compress_tool.layer_stats import LayerStatistics
 from vllm_moesvd.format import MoEShape
@@ -74,7 +75,7 @@ def routed_output(
 
 def energy(y_TD: torch.Tensor) -> float:
     """‖y‖² in fp64, a chunk of tokens at a time."""
-    return sum(rows.double().square().sum().item() for rows in y_TD.split(TOKEN_CHUNK))
+    return sum(rows.double().square().sum().item() for rows in split(y_TD, TOKEN_CHUNK))
 
 
 def relative_error(y_TD: torch.Tensor, approximation_TD: torch.Tensor) -> float:
@@ -82,7 +83,7 @@ def relative_error(y_TD: torch.Tensor, approximation_TD: torch.Tensor) -> float:
     error = sum(
         (rows.double() - other.double()).square().sum().item()
         for rows, other in zip(
-            y_TD.split(TOKEN_CHUNK), approximation_TD.split(TOKEN_CHUNK), strict=True
+            split(y_TD, TOKEN_CHUNK), split(approximation_TD, TOKEN_CHUNK), strict=True
         )
     )
     total = energy(y_TD)
