@@ -77,7 +77,9 @@ def choices_figure(layers: Layers) -> bytes:
     from matplotlib.patches import Patch
 
     shares = ("width_share", "rank_gate_up_share", "rank_down_share")
-    drawn = [key for key in shares if np.isfinite(column(layers, key)).any()]
+    has_ranks = any(np.isfinite(column(layers, key)).any() for key in shares[1:])
+    # Without ranks the neurons are all there is, and the bars have shown them.
+    drawn = [k for k in shares if has_ranks and np.isfinite(column(layers, k)).any()]
     figure, axes = panels(4.6 if drawn else 2.6, 2 if drawn else 1)
     index_L = indices(layers)
     forms = [str(layer.get("shown_form", "dense")) for layer in layers]
