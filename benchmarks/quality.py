@@ -3,6 +3,9 @@
 Each cell of the table is a run of `compress_tool run` in a process of its own, its output verified
 by the tool and scored against the dense model. Finished cells are kept in the work folder, so an
 interrupted bench goes on where it stopped. `make bench-quality` runs it with its defaults.
+
+Cells are computed `--jobs` at a time with one thread each: two single threads do more work on two
+cores than one after the other on both. Only the first, which makes the calibration, runs alone.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock, get_ident
 from typing import Any, Final
 
 import torch
@@ -41,7 +46,10 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "svd-llm": (),
     "d2-moe": (),
     "d2-moe, frequency base": ("--method", "d2-moe", "--base", "frequency"),
+    "d2-moe, Fisher base": ("--method", "d2-moe", "--base", "fisher"),
     "moe-svd": (),
+    "moe-svd, k chosen": ("--method", "moe-svd", "--k", "auto"),
+    "moe-svd, U merged": ("--method", "moe-svd", "--combine", "merge"),
     "drop": (),
 }
 """Name in the table, and the flags where they are more than `--method NAME`."""
@@ -53,19 +61,29 @@ RATIO_TOLERANCE: Final = 0.005
 def main() -> None:
     """Fill the table cell by cell and write the page."""
     options = _options()
+    # The scorer and every run have one thread: results do not depend on the number of jobs.
+    torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     dense = open_checkpoint(options.model, allow_factored=False)
     scorer = Scorer(dense, [options.heldout, options.wikitext], options.windows)
     cells_file = options.work / "cells.json"
     cells: dict[str, Any] = json.loads(cells_file.read_text()) if cells_file.exists() else {}
     start = time.monotonic()
-    for ratio in options.ratios:
-        for name in options.methods:
-            key = f"{name} @ {ratio:g}"
-            if key not in cells:
-                cells[key] = _cell(options, dense, scorer, name, ratio)
-                cells_file.write_text(json.dumps(cells, indent=1))
-            _say(_line(key, cells[key]))
+    asked = [(name, ratio) for ratio in options.ratios for name in options.methods]
+    missing = [cell for cell in asked if _key(*cell) not in cells]
+
+    def fill(cell: tuple[str, float]) -> None:
+        found = _cell(options, dense, scorer, *cell)
+        with scorer.lock:
+            cells[_key(*cell)] = found
+            cells_file.write_text(json.dumps(cells, indent=1))
+            _say(_line(_key(*cell), found))
+
+    if missing:
+        fill(missing[0])
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in [pool.submit(fill, cell) for cell in missing[1:]]:
+            done.result()
     cells["dense"] = scorer.dense_scores
     cells["about"] = {
         "model": options.model.name,
@@ -76,6 +94,7 @@ def main() -> None:
         + ", ".join(file.name for file in options.calibration),
         "questions": NUM_QUESTIONS,
         "machine": f"{_cpu()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "jobs": options.jobs,
         "minutes": round((time.monotonic() - start) / 60, 1),
     }
     cells_file.write_text(json.dumps(cells, indent=1))
@@ -87,6 +106,7 @@ class Scorer:
     """The texts, the questions and the dense model's answers, computed once."""
 
     def __init__(self, dense: Checkpoint, files: list[Path], num_windows: int) -> None:
+        self.lock = Lock()
         self.texts = [file.name for file in files]
         # Windows spread over the whole text: its parts differ.
         self.windows = [_spread(eval_windows(dense.path, [f], seq_len=SEQ_LEN)[0], num_windows)
@@ -97,8 +117,10 @@ class Scorer:
         self.dense_scores = self._scores(dense, self.dense)
 
     def score(self, folder: Path) -> dict[str, Any]:
+        """One at a time: the dense model's head is shared."""
         checkpoint = open_checkpoint(folder, allow_factored=True)
-        return self._scores(checkpoint, StreamedModel(checkpoint))
+        with self.lock:
+            return self._scores(checkpoint, StreamedModel(checkpoint))
 
     def _scores(self, checkpoint: Checkpoint, model: StreamedModel) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -116,9 +138,9 @@ def _cell(
     options: argparse.Namespace, dense: Checkpoint, scorer: Scorer, name: str, ratio: float
 ) -> dict[str, Any]:
     """Compress once and score the result; an impossible ratio is a cell with its reason."""
-    out = options.work / "out"
+    out = options.work / f"out-{get_ident()}"
     shutil.rmtree(out, ignore_errors=True)
-    shutil.rmtree(out.with_name("out.partial"), ignore_errors=True)
+    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
     asked = _nearest_drop(dense, ratio) if name == "drop" else ratio
     flags = METHODS[name] or ("--method", name)
     words = [
@@ -128,7 +150,11 @@ def _cell(
         *("--calibration", *map(str, options.calibration)),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "compress_tool", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "compress_tool", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     if done.returncode == 4:
         return {"refused": done.stderr.strip().splitlines()[-1]}
@@ -137,12 +163,18 @@ def _cell(
     report = json.loads(done.stdout)
     if name != "drop" and not ratio <= report["ratio"] <= ratio + RATIO_TOLERANCE:
         raise SystemExit(f"{name}: asked {ratio}, got {report['ratio']}")
-    return scorer.score(out) | {
+    scores = scorer.score(out)
+    shutil.rmtree(out)
+    return scores | {
         "ratio": report["ratio"],
         "bytes": report["bytes_after"],
         "seconds": report["seconds"],
         "peak_memory_bytes": report["peak_memory_bytes"],
     }
+
+
+def _key(name: str, ratio: float) -> str:
+    return f"{name} @ {ratio:g}"
 
 
 def _nearest_drop(dense: Checkpoint, ratio: float) -> float:
@@ -190,6 +222,7 @@ def _options() -> argparse.Namespace:
     add("--windows", type=int, default=128, help="of 256 tokens, per text")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--ratios", type=float, nargs="+", default=list(RATIOS))
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="cells at once, one thread each")
     add("--work", type=Path, default=ROOT / "benchmark-output" / "quality")
     add("--page", type=Path, default=ROOT / "docs" / "quality.md")
     return parser.parse_args()

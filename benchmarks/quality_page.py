@@ -31,7 +31,7 @@ def write_page(
         return f"## {title}\n{head}{rule}{rows}\n"
 
     def relative(text: str) -> Any:
-        return lambda cell: f"{cell[text]['perplexity'] / dense[text]['perplexity']:.3f}"
+        return lambda cell: f"{cell[text]['perplexity'] / dense[text]['perplexity']:.4f}"
 
     choice_title = (
         f"Four-choice continuation, {about['questions']} questions (dense {dense['accuracy']:.3f})"
@@ -69,16 +69,16 @@ lm-evaluation-harness.
 
 {table("Seconds of `compress_tool run`", lambda cell: f"{cell['seconds']:.0f}")}
 {table("Peak memory, MiB", lambda cell: f"{cell['peak_memory_bytes'] / 2**20:.0f}")}
-Measured on {about["machine"]}; the seconds include start-up, hashing, verification and the
-report. The calibration itself is counted in the first cell only.
+Measured on {about["machine"]}, {about["jobs"]} runs at once with one thread each. The seconds
+include start-up, hashing, verification and the report; what one calibration yields for all ratios
+(statistics, the probes of `auto`, Fisher sums) is counted in the cell that needed it first.
 
 ## Notes
 - `drop` can remove whole experts only: where the nearest share differs by more than half a percent,
   the cell names it. Compare it in the plot.
 - `plain SVD` is `--method asvd --alpha 0`. `svd-llm` and `asvd` are the published formulas without
   a refit; `svd` is the same form, weights tokens by their gates and fits U to the rounded V.
-- `d2-moe` has its base unpruned and deltas of their own; the dynamic pruning of the paper is not
-  implemented, and a Fisher base is refused (it needs a backward pass through the whole model).
+- `d2-moe` has its base unpruned and deltas of their own; the base is regmean where none is named.
 - `moe-svd` is the printed method with its defects; see the log.
 """
     )
