@@ -115,7 +115,8 @@ def _paper_layers(
     `ascending` are the layers by sensitivity. The paper thresholds S_L "based on the compression
     ratio" and names neither threshold nor rank; its tables decompose few layers at a high rank.
     Where that count cannot meet the ratio, since even full rank removes more, it is the largest
-    count that can. With `--layers` or `--rank` all of them are taken.
+    count that can; where none can, the one that comes nearest from above, for the error to name.
+    With `--layers` or `--rank` all of them are taken.
     """
     if recipe.layers is not None or recipe.rank is not None:
         return tuple(sorted(ascending))
@@ -125,6 +126,7 @@ def _paper_layers(
     needed = asked.ratio * asked.base_params
     allowed = (asked.ratio + RATIO_WINDOW) * asked.base_params
     most = at_wanted = least = 0
+    enough: list[int] = []
     able: list[int] = []
     high: list[int] = []
     for count, layer in enumerate(ascending, start=1):
@@ -132,11 +134,14 @@ def _paper_layers(
         most += asked.dense_layer_params - rule.params((1, 1))
         at_wanted += asked.dense_layer_params - rule.params((wanted, wanted))
         least += asked.dense_layer_params - rule.params((full, full))
-        if most >= needed and least <= allowed:
-            able.append(count)
-            if at_wanted >= needed:
-                high.append(count)
-    count = min(high) if high else max(able, default=len(ascending))
+        if most >= needed:
+            enough.append(count)
+            if least <= allowed:
+                able.append(count)
+                if at_wanted >= needed:
+                    high.append(count)
+    nearest = min(enough, default=len(ascending))
+    count = min(high) if high else max(able, default=nearest)
     return tuple(sorted(ascending[:count]))
 
 

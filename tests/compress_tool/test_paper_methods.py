@@ -10,8 +10,10 @@ import pytest
 
 from compress_tool.checkpoint import open_checkpoint
 from compress_tool.cli import main
+from compress_tool.writer import OutputFolder
 from tests.checkpoints import tiny_mixtral
 from tests.compress_tool.test_methods import run_json
+from tests.families import tiny
 
 SMALL = ["--samples", "12", "--seq-len", "32"]
 SWITCHES = {
@@ -86,22 +88,20 @@ def run_words(source: Path, out: Path, name: str) -> list[str]:
 def test_a_killed_run_gives_the_same_bytes(source: Path, tmp_path: Path, monkeypatch, name):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(run_words(source, whole, name)) == 0
-    import compress_tool.pipeline as pipeline
 
     class Killed(BaseException):
         pass
 
-    solve = pipeline.solve_layer
-    calls = 0
+    save, calls = OutputFolder.save_layer_shard, 0
 
     def stopping(*args, **kwargs):
         nonlocal calls
         calls += 1
         if calls == 2:
             raise Killed
-        return solve(*args, **kwargs)
+        save(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "solve_layer", stopping)
+    monkeypatch.setattr(OutputFolder, "save_layer_shard", stopping)
     with pytest.raises(Killed):
         main(run_words(source, out, name))
     assert not out.exists()
@@ -141,3 +141,14 @@ def test_an_unreachable_ratio_is_refused_before_anything(capsys, source: Path, t
         assert main([str(word) for word in words]) == 4
         assert "cannot be reached" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["k-auto-dear", "merge-auto", "fisher"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2"])
+def test_other_families_take_the_switches(capsys, tmp_path, monkeypatch, family, name):
+    """Shared experts beside the routed ones, and layers without experts."""
+    monkeypatch.setattr("compress_tool.pipeline.write_report", lambda out: None)
+    source, out = tiny(tmp_path / "dense", family), tmp_path / "out"
+    ran = run_json(capsys, "run", source, out, *SWITCHES[name], "--rank", "20", *SMALL)
+    assert ran["bytes_after"] == open_checkpoint(out, allow_factored=True).total_bytes
+    assert run_json(capsys, "verify", out, "--against", source)["ok"]
