@@ -8,10 +8,22 @@ from typing import Any, Final
 
 import yaml
 
-from compress_tool.units import bytes_text, params_text
+from compress_tool.units import bytes_text, params_text, percent_text
 
 CARRIED_KEYS: Final = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Front matter of the source's card that is as true of the compressed model."""
+LAYER_COLUMNS: Final = {
+    "width": "neurons",
+    "rank_gate_up": "rank gate/up",
+    "rank_down": "rank down",
+    "distinct_experts": "distinct experts",
+    "num_experts": "experts",
+    "predicted_loss": "predicted loss",
+    "measured_loss": "measured loss",
+    "predicted_kl": "expected KL",
+}
+"""Keys of a layer in report.json; a column that no layer fills is left out, but for the losses."""
+
 VLLM_VERSIONS: Final = "0.32"
 
 
@@ -33,7 +45,9 @@ def model_card(
         _what_it_is(report, source_name),
         _how_to_serve(is_plain=bool(report.get("plain"))),
         _sizes(report),
+        _distance(report),
         _calibration(report),
+        _how_to_make_again(source_name),
         _layers(report.get("layers") or ()),
         _limits(report),
     ]
@@ -100,7 +114,12 @@ def _how_to_serve(*, is_plain: bool) -> str:
 
 def _sizes(report: Mapping[str, Any]) -> str:
     rows = [
-        (label, text(report[f"{key}_before"]), text(report[f"{key}_after"]))
+        (
+            label,
+            text(report[f"{key}_before"]),
+            text(report[f"{key}_after"]),
+            percent_text(report[f"{key}_after"] / report[f"{key}_before"] - 1),
+        )
         for label, key, text in (
             ("parameters", "total_params", params_text),
             ("weights", "bytes", bytes_text),
@@ -109,7 +128,37 @@ def _sizes(report: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    return "## Size\n\n" + _table(("", "source", "this model"), rows)
+    return "## Size\n\n" + _table(("", "source", "this model", "change"), rows)
+
+
+def _distance(report: Mapping[str, Any]) -> str:
+    kl = report.get("measured_kl")
+    if not isinstance(kl, int | float):
+        return ""
+    expected = [
+        layer["predicted_kl"]
+        for layer in report.get("layers") or ()
+        if isinstance(layer.get("predicted_kl"), int | float)
+    ]
+    text = (
+        f"KL(source || this model) is {kl:.4g} nats per token on calibration text, which the fit "
+    )
+    text += "has seen"
+    if expected:
+        text += f"; the plan expected {sum(expected):.4g}"
+    return (
+        f"## Distance to the source\n\n{text}. On text of your own: `compress_tool eval "
+        "./this-folder --text FILE --against SOURCE`.\n"
+    )
+
+
+def _how_to_make_again(source_name: str) -> str:
+    return (
+        "## Make it again\n\n"
+        f"    compress_tool run {source_name} OUT --recipe recipe.yaml\n\n"
+        "`manifest.json` has the SHA-256 of every file here and of the source; `report.html` shows "
+        "how every layer was chosen.\n"
+    )
 
 
 def _calibration(report: Mapping[str, Any]) -> str:
@@ -132,23 +181,28 @@ def _calibration(report: Mapping[str, Any]) -> str:
 def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
     if not layers:
         return ""
+    columns = {
+        key: name
+        for key, name in LAYER_COLUMNS.items()
+        if key in ("predicted_loss", "measured_loss")
+        or any(layer.get(key) is not None for layer in layers)
+    }
     rows = [
         (
             str(layer.get("index", "")),
             str(layer.get("form", "")),
-            _number(layer.get("rank_gate_up")),
-            _number(layer.get("rank_down")),
-            _number(layer.get("predicted_loss")),
-            _number(layer.get("measured_loss")),
+            *(_number(layer.get(key)) for key in columns),
         )
         for layer in layers
     ]
-    header = ("layer", "form", "rank gate/up", "rank down", "predicted loss", "measured loss")
+    header = ("layer", "form", *columns.values())
     return (
         "## Layers\n\n"
         + _table(header, rows)
         + "\nMeasured: relative squared error of the layer's output on the calibration text, 0 is "
-        "exact. Predicted: share of energy beyond both ranks, gate/up and down added.\n"
+        "exact. Predicted: before storing and refit, the share of energy beyond both ranks (gate "
+        "and up, and down, added) or of the neurons given up. Expected KL: what the plan counted "
+        "for the layer.\n"
     )
 
 

@@ -95,11 +95,18 @@ def choices_figure(layers: Layers) -> bytes:
     handles = [Patch(color=form_colour(form), label=form) for form in dict.fromkeys(forms)]
     legend_above(axes[0], handles=handles)
     labels = ("neurons of an expert", "rank of gate and up", "rank of down")
-    marks = zip(shares, ("s", "^", "v"), (BLUE, ORANGE, VERMILION), labels, strict=True)
-    for key, marker, colour, label in marks:
+    colours = (BLUE, ORANGE, VERMILION)
+    # Side by side: the two ranks of a layer are often equal.
+    for place, (key, marker) in enumerate(zip(shares, ("s", "^", "v"), strict=True)):
         if key in drawn:
             axes[1].plot(
-                index_L, column(layers, key), marker, color=colour, label=label, ms=6, mec="white"
+                index_L + 0.2 * (place - 1),
+                column(layers, key),
+                marker,
+                color=colours[place],
+                label=labels[place],
+                ms=6,
+                mec="white",
             )
     if drawn:
         axes[1].set_ylim(0, 1.08)
@@ -133,7 +140,7 @@ def sensitivity_figure(layers: Layers) -> bytes:
     score_L = column(layers, "sensitivity")
     if np.isfinite(score_L).any():
         axes.plot(index_L, score_L, "o-", color=INK, ms=4, lw=1.2, label="S_L of MoE-SVD")
-    if (np.nan_to_num(score_L) > 0).any() or names:
+    if names:
         axes.set_yscale("log")
     axes.set_ylabel("KL, nats per token" if names else "sensitivity S_L")
     axes.grid(axis="y", color=GRID, lw=0.6)
@@ -144,13 +151,16 @@ def sensitivity_figure(layers: Layers) -> bytes:
 
 def losses_figure(layers: Layers) -> bytes:
     """Predicted and measured loss of every layer's output, along the layers and as a scatter."""
-    figure, (along, scatter) = side_by_side(3.4, (1.75, 1.0), share_y=False)
     index_L = indices(layers)
     is_dense = [layer.get("form", "dense") == "dense" for layer in layers]
     loss = {
         key: np.where(is_dense, np.nan, column(layers, key))
         for key in ("predicted_loss", "measured_loss")
     }
+    x_L, y_L = loss["predicted_loss"], loss["measured_loss"]
+    is_known = np.isfinite(x_L) & np.isfinite(y_L) & (x_L > 0) & (y_L > 0)
+    widths = (1.75, 1.0) if is_known.any() else (1.0,)
+    figure, (along, *rest) = side_by_side(3.4, widths, share_y=False)
     was_refitted = any(layer.get("refit_error_after") is not None for layer in layers)
     for key, marker, colour, label in (
         ("predicted_loss", "o", ORANGE, f"predicted{' before the refit' * was_refitted}"),
@@ -158,25 +168,20 @@ def losses_figure(layers: Layers) -> bytes:
     ):
         if np.isfinite(loss[key]).any():
             along.plot(index_L, loss[key], f"{marker}-", ms=5, lw=1, color=colour, label=label)
+    along.margins(y=0.1)
     along.set_ylim(bottom=0)
     along.set_ylabel("relative squared error")
     along.grid(axis="y", color=GRID, lw=0.6)
     legend_above(along)
     layer_axis(along, index_L)
-    x_L, y_L = loss["predicted_loss"], loss["measured_loss"]
-    is_known = np.isfinite(x_L) & np.isfinite(y_L) & (x_L > 0) & (y_L > 0)
-    _scatter(scatter, x_L[is_known], y_L[is_known], index_L[is_known])
+    for scatter in rest:
+        _scatter(scatter, x_L[is_known], y_L[is_known], index_L[is_known])
     return png(figure)
 
 
 def _scatter(axes: Axes, x_n: np.ndarray, y_n: np.ndarray, index_n: np.ndarray) -> None:
     axes.set_xlabel("predicted")
     axes.set_ylabel("measured")
-    if not len(x_n):
-        axes.text(0.5, 0.5, "no layer has both", ha="center", va="center", color=FAINT)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        return
     low = 0.7 * min(x_n.min(), y_n.min())
     high = 1.4 * max(x_n.max(), y_n.max())
     axes.plot([low, high], [low, high], color=FAINT, lw=1, ls="--")

@@ -35,6 +35,9 @@ Layers = Sequence[Mapping[str, Any]]
 MAX_WRITTEN_CELLS: Final = 256
 """Of the heat map: with more, the numbers in its cells would touch."""
 
+PERCENTILE_EXPERTS: Final = 20
+"""With fewer experts the 5th percentile is the least used one."""
+
 SMALLEST_SHARE: Final = 1e-4
 """Of the energy: less is nothing that a picture needs."""
 
@@ -98,10 +101,13 @@ def coverage_figure(layers: Layers, hidden_size: int | None) -> bytes:
     index_L = indices(layers)
     rows = np.array([coverage(layer.get("counts") or ()) for layer in layers])
     rows = np.where(rows > 0, rows, np.nan)
+    most = max((len(layer.get("counts") or ()) for layer in layers), default=0)
     for place, marker, colour, label in (
         (2, "o", BLUE, "median expert"), (1, "s", ORANGE, "5 % have fewer"),
         (0, "v", VERMILION, "least used expert"),
     ):  # fmt: skip
+        if place == 1 and most < PERCENTILE_EXPERTS:
+            continue
         axes[0].plot(index_L, rows[:, place], f"{marker}-", color=colour, ms=4, lw=1, label=label)
     missed_L = np.array([0 in (layer.get("counts") or ()) for layer in layers])
     if np.isfinite(rows).any():
@@ -137,7 +143,8 @@ def coverage(counts: Sequence[float]) -> tuple[float, float, float]:
     if not len(counts):
         return (float("nan"),) * 3
     ordered = sorted(counts)
-    return float(ordered[0]), float(ordered[len(ordered) // 20]), float(np.median(ordered))
+    low = float(ordered[len(ordered) // PERCENTILE_EXPERTS])
+    return float(ordered[0]), low, float(np.median(ordered))
 
 
 def spectra_figure(layers: Layers) -> bytes:

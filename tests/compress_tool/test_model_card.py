@@ -47,11 +47,23 @@ def test_a_hostile_source_name_stays_a_string() -> None:
 
 def test_the_numbers_are_there() -> None:
     card = model_card(REPORT, source_name="pocket-mixtral")
-    for text in ("40 % smaller", "| parameters | 10.4 M | 6.2 M |", "20.7 MB", "12.4 MB"):
+    for text in ("40 % smaller", "| parameters | 10.4 M | 6.2 M | −40.2 % |", "20.7 MB", "12.4 MB"):
         assert text in card
     assert "| 0 | latent | 72 | 80 | – | – |" in card
     assert "128 sequences of 256 tokens each" in card
     assert "never reached" in card and "1 in layer 0" in card
+
+
+def test_sizes_of_every_form_and_the_distance_are_there() -> None:
+    layers = [
+        {"index": 0, "form": "narrow", "width": 96, "predicted_kl": 0.25},
+        {"index": 1, "form": "svd", "rank_gate_up": 7, "rank_down": 5, "distinct_experts": 3},
+    ]
+    card = model_card(REPORT | {"layers": layers, "measured_kl": 0.2}, source_name="m")
+    assert "| 0 | narrow | 96 | – | – | – | – | – | 0.25 |" in card
+    assert "| 1 | svd | – | 7 | 5 | 3 | – | – | – |" in card
+    assert "0.2 nats per token" in card and "the plan expected 0.25" in card
+    assert "Distance" not in model_card(REPORT, source_name="m")
 
 
 def test_a_checkpoint_of_fewer_experts_needs_no_plugin() -> None:
