@@ -58,8 +58,8 @@ _DEEPSEEK: dict[str, Any] = {
 }
 _CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": _QWEN | {"shared_expert_intermediate_size": 48},
-    # One key-value head per query head of 16: the head size need not be 64 / 2.
-    "qwen3_moe": _QWEN | {"head_dim": 16, "norm_topk_prob": True, "decoder_sparse_step": 1},
+    # Two heads of 64: the head size need not be 64 / 2.
+    "qwen3_moe": _QWEN | {"head_dim": 64, "norm_topk_prob": True, "decoder_sparse_step": 1},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "norm_topk_prob": False},
     "deepseek_v2": _DEEPSEEK | {"norm_topk_prob": False, "topk_method": "group_limited_greedy"},
     "deepseek_v3": _DEEPSEEK

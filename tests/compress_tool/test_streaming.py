@@ -122,7 +122,8 @@ def test_logits_equal_transformers(tmp_path, overrides):
     ids = random_ids(3, 33)
     expected = transformers_logits(path, ids)
     assert expected.abs().max() > 1
-    torch.testing.assert_close(streamed_logits(path, ids), expected, rtol=0, atol=1e-5)
+    # Logits of tied embeddings go up to 80; 1.4e-5 is the largest difference seen, on two threads.
+    torch.testing.assert_close(streamed_logits(path, ids), expected, rtol=0, atol=3e-5)
 
 
 def test_a_wrong_expert_would_be_seen(tmp_path):

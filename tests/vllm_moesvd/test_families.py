@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.families import BY_NAME, NEW_FAMILIES
+from compress_tool.cli import main
+from tests.families import BY_NAME, NEW_FAMILIES, tiny
 from tests.vllm_moesvd import harness
 from tests.vllm_moesvd.closeness import are_close, distance
+from tests.vllm_moesvd.engine_run import run_engines
 from tests.vllm_moesvd.hand_made import EXACT_LAYERS, ODD_LAYERS, HandMade, hand_made
+from tests.vllm_moesvd.oracle import Oracle, max_difference
+from tests.vllm_moesvd.test_tensor_parallel import LAYERS, TP_SIZE, run_blocks
 
 CASES = {"exact": (EXACT_LAYERS, True), "odd": (ODD_LAYERS, False)}
 SIZES: dict[str, dict[str, Any]] = {
@@ -24,6 +29,21 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 for _name in ("qwen2_moe", "qwen3_moe"):
     SIZES[_name]["mlp_only_layers"] = [0]
+for _name in ("deepseek_v2", "deepseek_v3"):
+    # The sum is one of the sizes that vLLM's latent attention takes.
+    SIZES[_name] |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+
+
+# Of DeepSeek-V2 also the small model's routing, without groups.
+VARIANTS = {name: (name, {}) for name in NEW_FAMILIES} | {
+    "deepseek_v2-greedy": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    ),
+    "qwen2_moe-normalised": ("qwen2_moe", {"norm_topk_prob": True}),
+}
+LOGPROB_NOISE = 3e-6
+"""Twice the largest |Δ logprob| measured on these checkpoints (1.4e-6)."""
 
 
 def transformers_blocks(made: HandMade, path: Path) -> list[torch.nn.Module]:
@@ -37,10 +57,10 @@ def transformers_blocks(made: HandMade, path: Path) -> list[torch.nn.Module]:
 
 
 @pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("name", NEW_FAMILIES)
-def test_every_layer_equals_transformers(name: str, kind: str, tmp_path: Path) -> None:
-    layers, exact = CASES[kind]
-    made = hand_made(layers, exact=exact, family=BY_NAME[name], **SIZES[name])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_layer_equals_transformers(variant: str, kind: str, tmp_path: Path) -> None:
+    (name, changes), (layers, exact) = VARIANTS[variant], CASES[kind]
+    made = hand_made(layers, exact=exact, family=BY_NAME[name], **SIZES[name] | changes)
     config = harness.engine_config(made.write(tmp_path / kind))
     model = harness.load_model(config)
     blocks = transformers_blocks(made, tmp_path / "dense")
@@ -98,3 +118,70 @@ def test_a_routed_scale_is_applied_once(tmp_path: Path) -> None:
         shared = (torch.nn.functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
         assert torch.allclose(twice - shared, 2 * (once - shared), atol=1e-4)
         assert float((once - shared).abs().mean()) > 0.1
+
+
+def test_a_base_with_deltas_is_summed_with_the_shared_expert(tmp_path: Path) -> None:
+    """What `run` writes for d2-moe, against transformers on what `export-dense` writes of it."""
+    from transformers import AutoModelForCausalLM
+
+    source, out, dense = (tmp_path / name for name in ("source", "out", "dense"))
+    tiny(source, "qwen2_moe")
+    words = ["--method", "d2-moe", "--ratio", "0.2", "--samples", "12", "--seq-len", "32"]
+    assert main(["run", str(source), str(out), *words]) == 0
+    assert main(["export-dense", str(out), str(dense)]) == 0
+    config = harness.engine_config(out)
+    model = harness.load_model(config)
+    folded = AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float32, experts_implementation="eager"
+    )
+    x_TD = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+    for layer in range(3):
+        with torch.no_grad():
+            expected = folded.model.layers[layer].mlp(x_TD[None])[0]
+        actual = harness.run_moe_block(model, config, layer, x_TD)
+        assert are_close(actual, expected), (layer, distance(actual, expected))
+
+
+@pytest.mark.slow
+def test_real_engines_give_the_dense_models_tokens(tmp_path: Path) -> None:
+    """Against transformers; DeepSeek against dense vLLM, whose attention rounds otherwise."""
+    made = {
+        name: hand_made(
+            EXACT_LAYERS if name.startswith("deepseek") else ODD_LAYERS,
+            exact=name.startswith("deepseek"),
+            family=BY_NAME[name],
+            **SIZES[name],
+        )
+        for name in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
+    }
+    paths = [one.write(tmp_path / name) for name, one in made.items()]
+    dense = made.pop("deepseek_v3").write_dense(tmp_path / "dense")
+    *found, factored, expected = run_engines([*paths, dense])
+    assert max_difference(factored, expected) <= LOGPROB_NOISE
+    for (name, one), completions in zip(made.items(), found, strict=True):
+        oracle = Oracle(one, tmp_path / f"{name}-dense")
+        assert max_difference(completions, oracle.completions()) <= LOGPROB_NOISE
+
+
+@pytest.mark.slow
+def test_three_processes_sum_the_shared_expert_once(tmp_path: Path) -> None:
+    sizes = SIZES["qwen2_moe"] | {
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 97,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "vocab_size": 380,
+        "hidden_size": 96,
+    }
+    made = hand_made(LAYERS, exact=False, family=BY_NAME["qwen2_moe"], **sizes)
+    blocks = transformers_blocks(made, tmp_path / "dense")
+    work = run_blocks(made, tmp_path)
+    x_TD = load_file(work / "input.safetensors")["x_TD"]
+    for rank in range(TP_SIZE):
+        outputs = load_file(work / f"output-{rank}.safetensors")
+        for layer in LAYERS:
+            with torch.no_grad():
+                expected = blocks[layer](x_TD[None])[0] + made.bias.get(layer, torch.zeros(96))
+            for mode in ("sharded", "replicated"):
+                actual = outputs[f"{mode}.{layer}"]
+                assert are_close(actual, expected), (layer, mode, distance(actual, expected))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.vllm_moesvd.closeness import are_close, distance
 from tests.vllm_moesvd.engine_run import ENGINE_ENVIRONMENT, ROOT
-from tests.vllm_moesvd.hand_made import ODD_LAYERS, hand_made
+from tests.vllm_moesvd.hand_made import ODD_LAYERS, HandMade, hand_made
 from tests.vllm_moesvd.layer_math import layer_output, softmax_routing
 from vllm_moesvd.format import FactoredSpec, LatentSpec
 
@@ -42,10 +42,14 @@ def made():
 
 @pytest.fixture(scope="module")
 def work(made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_blocks(made, tmp_path_factory.mktemp("tp"))
+
+
+def run_blocks(made: HandMade, folder: Path) -> Path:
     """The folder in which three processes left what they computed."""
-    folder = tmp_path_factory.mktemp("tp")
     made.write(folder / "checkpoint")
-    x_TD = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+    size = made.dense_config["hidden_size"]
+    x_TD = torch.randn(40, size, generator=torch.Generator().manual_seed(3))
     save_file({"x_TD": x_TD}, folder / "input.safetensors")
     environment = os.environ | ENGINE_ENVIRONMENT
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join("0" for _ in range(TP_SIZE))
