@@ -59,7 +59,11 @@ def merged_slots(
         rank = rank_down if projection == "down" else rank_gate_up
         for group in range(options.groups):
             members = layer.members(group)
-            distance_MM = _distances([n for _, n in layer.normals(projection, group, rank)])
+            fitted = [
+                (normal.solution(), normal.inner_RR)
+                for _, normal in layer.normals(projection, group, rank)
+            ]
+            distance_MM = _distances(fitted)
             distance_EE[torch.tensor(members)[:, None], torch.tensor(members)] += distance_MM
     expert_slot = [0] * num_experts
     first_slot = 0
@@ -226,21 +230,24 @@ def _added(one: _Normal, other: _Normal) -> _Normal:
     return _Normal(cross_mR=one.cross_mR + other.cross_mR, inner_RR=one.inner_RR + other.inner_RR)
 
 
-def _distances(normals: Sequence[_Normal]) -> torch.Tensor:
-    """d_ij of one projection over its energy, without forming a difference of U: [M, M]."""
-    u = [normal.solution() for normal in normals]
-    square = [u_mR.T @ u_mR for u_mR in u]
-    image = [u_mR @ normal.inner_RR for u_mR, normal in zip(u, normals, strict=True)]
-    number = len(normals)
+def _distances(fitted: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """d_ij of one projection over its energy, without forming a difference of U: [M, M].
+
+    `fitted` are U [m, R] and V G Vᵀ [R, R] of the experts.
+    """
+    squares = [u_mR.T @ u_mR for u_mR, _ in fitted]
+    number = len(fitted)
     # Entry (i, j) of `seen`: Tr[(U_i − U_j) A_i (U_i − U_j)ᵀ], what j's U costs on i's tokens.
     seen_MM = torch.zeros(number, number, dtype=torch.float64)
-    for i in range(number):
-        for j in range(number):
+    energy = 0.0
+    for i, (u_mR, inner_RR) in enumerate(fitted):
+        image_mR = u_mR @ inner_RR
+        own = (squares[i] * inner_RR).sum()
+        energy += own.item()
+        for j, (other_mR, _) in enumerate(fitted):
             if i != j:
-                own = (square[i] * normals[i].inner_RR).sum()
-                other = (square[j] * normals[i].inner_RR).sum()
-                seen_MM[i, j] = own + other - 2 * (image[i] * u[j]).sum()
-    energy = sum((square[i] * normals[i].inner_RR).sum().item() for i in range(number))
+                other = (squares[j] * inner_RR).sum()
+                seen_MM[i, j] = own + other - 2 * (image_mR * other_mR).sum()
     # Two equal U leave a rounding error of either sign.
     distance_MM = (seen_MM + seen_MM.T).clamp(min=0)
     return distance_MM / energy if energy > 0 else distance_MM
