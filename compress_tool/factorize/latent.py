@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from compress_tool.factorize.problem import LayerProblem, energy
+from compress_tool.factorize.products import moment
+from compress_tool.factorize.row_weights import row_weights
 from compress_tool.factorize.shared_basis import solve_shared_basis
-from compress_tool.factorize.whitening import gram, solve_spd, symmetric_eigen, tail_share
+from compress_tool.factorize.whitening import solve_spd, symmetric_eigen, tail_share
 from compress_tool.factors import LatentFactors
 
 
@@ -43,6 +45,7 @@ def solve_latent(
     rank_down: int,
     *,
     centre: bool = False,
+    weigh_rows: bool = True,
 ) -> LatentSolution:
     """Factor one layer in the latent form; `y_TD` is its dense routed output.
 
@@ -57,10 +60,13 @@ def solve_latent(
         lambda expert: torch.cat(problem.experts(expert)[:2]),
         rank_gate_up,
         store_dtype=problem.store_dtype,
+        row_weights=(lambda expert: torch.cat(row_weights(problem, expert)))
+        if weigh_rows
+        else None,
     )
     mean_D = y_TD.double().mean(dim=0) if centre else None
     centred_TD = y_TD if mean_D is None else y_TD.double() - mean_D
-    moment_DD = gram(centred_TD, problem.device)
+    moment_DD = moment(centred_TD.to(problem.device))
     spectrum_D, vectors_DD = symmetric_eigen(moment_DD)
     q_DR = vectors_DD[:, :rank_down].to(problem.store_dtype).double()
     # Q was rounded: least squares against the stored values, not the transpose.

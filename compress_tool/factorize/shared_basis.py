@@ -12,10 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
+from compress_tool.factorize.products import (
+    CHUNK_ROWS,
+    inner,
+    moment,
+    product,
+    product_dtype,
+    products,
+)
 from compress_tool.factorize.whitening import (
-    GRAM_CHUNK,
     damped,
-    gram,
     orthonormal_rows,
     solve_spd,
     square_roots,
@@ -25,6 +31,7 @@ from compress_tool.factorize.whitening import (
 
 Rows = Callable[[int], torch.Tensor]
 Weight = Callable[[int], torch.Tensor]
+RowWeightsOf = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +64,14 @@ class SharedBasis:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Pooled:
-    """Per-token pooled Gram C, and each member's weight: the trace of its Gram in units of C."""
+class Pooled:
+    """Per-token pooled Gram C with its square roots and spectrum, fp64, and each member's weight:
+    the trace of its Gram in units of C."""
 
     c_DD: torch.Tensor
+    root_DD: torch.Tensor
+    inverse_root_DD: torch.Tensor
+    spectrum_D: torch.Tensor
     weight: dict[int, float]
 
 
@@ -71,26 +82,33 @@ def solve_shared_basis(
     rank: int,
     *,
     store_dtype: torch.dtype = torch.float32,
+    row_weights: RowWeightsOf | None = None,
+    pooled: Pooled | None = None,
 ) -> SharedBasis:
     """Find V [rank, D] for `members`, then each member's U [m, rank].
 
     `rows(i)` are the inputs of matrix i, gate weights included, fp32 [n_i, D]; `weight(i)` is
     fp32 [m, D]. Members without rows take the pooled statistics. Grams are held one at a time.
+    `row_weights(i)`, fp64 [m], say how much an error in a row of matrix i matters; they choose V,
+    U is the least-squares one with any weights. `pooled` is `pool(members, rows)` if it is known.
     """
-    pooled = _pool(members, rows)
-    root_DD, inverse_root_DD, input_spectrum_D = square_roots(pooled.c_DD)
+    if pooled is None:
+        pooled = pool(members, rows)
+    dtype = product_dtype(len(pooled.c_DD))
     energy_DD = torch.zeros_like(pooled.c_DD)
     for member in members:
-        w_mD = weight(member).double()
-        energy_DD += pooled.weight[member] * (w_mD.T @ w_mD)
-    spectrum_D, vectors_DD = symmetric_eigen(root_DD @ energy_DD @ root_DD)
-    v_RD = orthonormal_rows(vectors_DD[:, :rank].T @ inverse_root_DD)
+        w_mD = weight(member).to(dtype)
+        if row_weights is not None:
+            w_mD = w_mD * row_weights(member).sqrt().to(dtype)[:, None]
+        energy_DD += pooled.weight[member] * inner(w_mD, w_mD)
+    spectrum_D, vectors_DD = symmetric_eigen(pooled.root_DD @ energy_DD @ pooled.root_DD)
+    v_RD = orthonormal_rows(vectors_DD[:, :rank].T @ pooled.inverse_root_DD)
     stored_RD = v_RD.to(store_dtype)
     result_dtype = torch.float64 if store_dtype == torch.float64 else torch.float32
     factors: dict[int, torch.Tensor] = {}
     energy = error = 0.0
     for member in members:
-        refit = _refit(weight(member).double(), rows(member), stored_RD.double(), pooled, member)
+        refit = _refit(weight(member).to(dtype), rows(member), stored_RD.double(), pooled, member)
         factors[member] = refit.u_mR.to(result_dtype)
         energy += refit.energy
         error += refit.error
@@ -98,28 +116,36 @@ def solve_shared_basis(
         v_RD=stored_RD.to(result_dtype),
         u_MR=factors,
         spectrum_D=spectrum_D,
-        input_spectrum_D=input_spectrum_D,
+        input_spectrum_D=pooled.spectrum_D,
         energy=energy,
         error=error,
     )
 
 
-def _pool(members: Sequence[int], rows: Rows) -> _Pooled:
+def pool(members: Sequence[int], rows: Rows) -> Pooled:
+    """The statistics that all members share; those of gate and of up are the same."""
     total_DD: torch.Tensor | None = None
     count: dict[int, int] = {}
     trace: dict[int, float] = {}
     for member in members:
         rows_nD = rows(member)
-        gram_DD = gram(rows_nD)
+        gram_DD = moment(rows_nD)
         count[member] = rows_nD.shape[0]
         trace[member] = gram_DD.diagonal().sum().item()
-        total_DD = gram_DD if total_DD is None else total_DD + gram_DD
+        total_DD = gram_DD if total_DD is None else total_DD.add_(gram_DD)
     assert total_DD is not None, "a group has at least one member"
     c_DD = damped(total_DD / max(1, sum(count.values())))
     c_trace = c_DD.diagonal().sum().item()
     # A member that saw nothing weighs as much as one token.
     weight = {member: trace[member] / c_trace if trace[member] > 0 else 1.0 for member in members}
-    return _Pooled(c_DD=c_DD, weight=weight)
+    root_DD, inverse_root_DD, spectrum_D = square_roots(c_DD)
+    return Pooled(
+        c_DD=c_DD,
+        root_DD=root_DD,
+        inverse_root_DD=inverse_root_DD,
+        spectrum_D=spectrum_D,
+        weight=weight,
+    )
 
 
 def _shrinkage(num_rows: int, c_DD: torch.Tensor) -> float:
@@ -136,22 +162,25 @@ class _Refit:
 
 
 def _refit(
-    w_mD: torch.Tensor, rows_nD: torch.Tensor, v_RD: torch.Tensor, pooled: _Pooled, member: int
+    w_mD: torch.Tensor, rows_nD: torch.Tensor, v_RD: torch.Tensor, pooled: Pooled, member: int
 ) -> _Refit:
     """U = W G Vᵀ (V G Vᵀ)⁻¹ for G = (1−α) G_i + α w_i C, without forming G_i.
 
     w_i C has the trace of G_i: the prior changes the shape of a Gram, not its weight in the sum.
     """
+    dtype = w_mD.dtype
     alpha = _shrinkage(rows_nD.shape[0], pooled.c_DD)
-    prior_DD = alpha * pooled.weight[member] * pooled.c_DD
-    cross_DR = prior_DD @ v_RD.T
-    energy = (w_mD @ prior_DD * w_mD).sum().item()
-    for chunk_cD in torch.split(rows_nD, GRAM_CHUNK):
-        wide_cD = chunk_cD.double()
-        cross_DR += (1 - alpha) * (wide_cD.T @ (wide_cD @ v_RD.T))
-        energy += (1 - alpha) * (wide_cD @ w_mD.T).square().sum().item()
-    inner_RR = v_RD @ cross_DR
-    target_mR = w_mD @ cross_DR
+    scale = alpha * pooled.weight[member]
+    c_DD, v = pooled.c_DD.to(dtype), v_RD.to(dtype)
+    prior_RD = product(v, c_DD)
+    inner_RR = scale * product(prior_RD, v).double()
+    target_mR = scale * product(w_mD, prior_RD).double()
+    energy = scale * (product(w_mD, c_DD) * w_mD).sum(dtype=torch.float64).item()
+    for chunk_cD in torch.split(rows_nD, CHUNK_ROWS):
+        image_cm, latent_cR = products(chunk_cD.to(dtype), (w_mD, v))
+        inner_RR += (1 - alpha) * inner(latent_cR, latent_cR)
+        target_mR += (1 - alpha) * inner(image_cm, latent_cR)
+        energy += (1 - alpha) * image_cm.square().sum(dtype=torch.float64).item()
     u_mR = solve_spd((inner_RR + inner_RR.T) / 2, target_mR.T).T
     error = energy - (u_mR * target_mR).sum().item()
     return _Refit(u_mR=u_mR, energy=energy, error=max(0.0, error))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from compress_tool.factorize.problem import LayerProblem
-from compress_tool.factorize.shared_basis import SharedBasis, solve_shared_basis
+from compress_tool.factorize.row_weights import RowSensitivity, row_weights
+from compress_tool.factorize.shared_basis import Pooled, SharedBasis, pool, solve_shared_basis
 from compress_tool.factors import SharedFactors
 from vllm_moesvd.format import PROJECTIONS, Projection
 
@@ -39,23 +40,35 @@ def contiguous_groups(num_experts: int, num_groups: int) -> tuple[int, ...]:
 
 
 def solve_shared_v(
-    problem: LayerProblem, rank_gate_up: int, rank_down: int, *, num_groups: int = 1
+    problem: LayerProblem,
+    rank_gate_up: int,
+    rank_down: int,
+    *,
+    num_groups: int = 1,
+    weigh_rows: bool = True,
 ) -> SharedSolution:
-    """Factor one layer with `num_groups` V matrices per projection."""
+    """Factor one layer with `num_groups` V matrices per projection.
+
+    Without `weigh_rows` all rows of gate and up matter alike.
+    """
     num_experts = problem.shape.num_experts
+    sensitive: dict[int, RowSensitivity] = {}
+    if weigh_rows:
+        sensitive = {expert: row_weights(problem, expert) for expert in range(num_experts)}
     slot_group = contiguous_groups(num_experts, num_groups)
     ranks: dict[Projection, int] = {
         "gate": rank_gate_up,
         "up": rank_gate_up,
         "down": rank_down,
     }
-    solved: dict[Projection, list[SharedBasis]] = {
-        projection: [
-            _solve_group(problem, projection, _members(slot_group, group), ranks[projection])
-            for group in range(num_groups)
-        ]
-        for projection in PROJECTIONS
-    }
+    solved: dict[Projection, list[SharedBasis]] = {projection: [] for projection in PROJECTIONS}
+    for group in range(num_groups):
+        members = _members(slot_group, group)
+        inputs = pool(members, problem.input_rows)
+        for projection in PROJECTIONS:
+            pooled = None if projection == "down" else inputs
+            basis = _solve_group(problem, projection, members, ranks[projection], pooled, sensitive)
+            solved[projection].append(basis)
 
     def v(projection: Projection) -> torch.Tensor:
         return torch.stack([basis.v_RD for basis in solved[projection]])
@@ -92,15 +105,23 @@ def _members(slot_group: tuple[int, ...], group: int) -> list[int]:
 
 
 def _solve_group(
-    problem: LayerProblem, projection: Projection, members: list[int], rank: int
+    problem: LayerProblem,
+    projection: Projection,
+    members: list[int],
+    rank: int,
+    pooled: Pooled | None,
+    sensitive: dict[int, RowSensitivity],
 ) -> SharedBasis:
     position = PROJECTIONS.index(projection)
+    weighs = projection != "down" and bool(sensitive)
     return solve_shared_basis(
         members,
         problem.neuron_rows if projection == "down" else problem.input_rows,
         lambda expert: problem.experts(expert)[position],
         rank,
         store_dtype=problem.store_dtype,
+        row_weights=(lambda expert: sensitive[expert][position]) if weighs else None,
+        pooled=pooled,
     )
 
 

@@ -1,127 +1,352 @@
-"""Method `svd`: per expert and projection, the best rank-R product for the expert's gated tokens.
+"""Method `svd`: per expert and projection, a rank-R product fitted to the expert's gated tokens.
 
-Minimises ‖(W − U V) Xᵀ‖² for the gated tokens X of one expert, and refits U to the V that is
-stored. No SVD is computed and nothing larger than the smaller side of W is decomposed:
+Gate and up minimise ‖D½ (W − U V) Xᵀ‖² over the expert's tokens X; D weighs each neuron by what an
+error in it does to the output (mathematics §3.1). Down is then fitted to what the compressed gate
+and up give: the least-squares W̃ from their neurons h' to the dense output W2 h, truncated in the
+metric of h' (mathematics §3.4). Together they take an eighth of the error on held-out tokens of
+pocket-mixtral away (docs/log.md).
 
-* W wide or square: the eigenvectors of (X Wᵀ)ᵀ(X Wᵀ) are U; V = Uᵀ W needs no inverse.
+No SVD is computed and nothing larger than the smaller side of W is decomposed:
+
+* W wide or square: the eigenvectors of (X Wᵀ)ᵀ(X Wᵀ) give U; V = Uᵀ W needs no inverse.
 * W tall: XᵀX = S Sᵀ is shared by gate and up; the eigenvectors of Sᵀ(WᵀW)S, times S⁻¹, are V.
 
 Products over tokens run in fp64 up to PRECISE_SIZE, above it in fp32 chunks summed in fp64.
+Memory: one expert's tokens, and its neurons on them where they number at most FOLLOWED_WIDTH.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from compress_tool.errors import NumericsError
-from compress_tool.factorize.per_expert import Truncated, stacked_solution
-from compress_tool.factorize.problem import LayerProblem
+from compress_tool.factorize.per_expert import Truncated, stacked_solution, truncate
+from compress_tool.factorize.problem import Activation, ExpertWeights, LayerProblem
+from compress_tool.factorize.products import (
+    CHUNK_ROWS,
+    inner,
+    leading,
+    product,
+    product_dtype,
+    products,
+)
+from compress_tool.factorize.row_weights import RowWeights
 from compress_tool.factorize.shared_v import SharedSolution
-from compress_tool.factorize.whitening import DAMPING, solve_spd, symmetric_eigen
+from compress_tool.factorize.whitening import DAMPING, orthonormal_rows, solve_spd
 from vllm_moesvd.format import PROJECTIONS, Projection
 
-PRECISE_SIZE: Final = 512
-"""Up to this width fp64 products cost nothing that matters."""
-
-CHUNK_ROWS: Final = 4096
-"""Tokens multiplied at once; fp32 sums stay this short before they enter an fp64 sum."""
+FOLLOWED_WIDTH: Final = 2048
+"""Up to this width W̃ is solved for, F x F. Wider experts fit U alone, which has half the gain."""
 
 
-class _Inputs:
-    """The gated inputs of one expert's projections, and their whitening once it is asked for."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tokens:
+    """What one expert saw, chunk by chunk: inputs x and routing weights g [n, 1], and with them
+    W1 x and W3 x where W is wide, g h up to FOLLOWED_WIDTH neurons, and g W2 h above it.
+    """
 
-    def __init__(self, rows_tn: torch.Tensor) -> None:
-        self.size = rows_tn.shape[1]
-        self.dtype = torch.float64 if self.size <= PRECISE_SIZE else torch.float32
-        self.rows_tn = rows_tn
-        energy = rows_tn.double().square().sum().item()
-        # As `whitening.damped`: keeps few tokens invertible; without any, all inputs are equal.
-        self.ridge = DAMPING * energy / self.size if energy > 0 else 1.0
-        self._root_nn: torch.Tensor | None = None
-
-    def chunks(self) -> Iterator[torch.Tensor]:
-        for chunk in torch.split(self.rows_tn, CHUNK_ROWS):
-            yield chunk.to(self.dtype)
-
-    def images(self, w_mn: torch.Tensor) -> torch.Tensor:
-        """X Wᵀ, one row per token; W itself as its image if there is no token."""
-        if len(self.rows_tn) == 0:
-            return w_mn.to(self.dtype).T
-        wide = w_mn.to(self.dtype)
-        return torch.cat([chunk @ wide.T for chunk in self.chunks()])
-
-    def root(self) -> torch.Tensor:
-        """S, lower triangular, fp64, with S Sᵀ = XᵀX + ridge I."""
-        if self._root_nn is None:
-            gram_nn = torch.zeros(
-                self.size, self.size, dtype=torch.float64, device=self.rows_tn.device
-            )
-            for chunk in self.chunks():
-                gram_nn += (chunk.T @ chunk).double()
-            gram_nn.diagonal().add_(self.ridge)
-            root_nn, info = torch.linalg.cholesky_ex(gram_nn)
-            if int(info) != 0:
-                raise NumericsError(
-                    "the Gram of an expert's inputs is not positive definite; use more "
-                    "calibration text"
-                )
-            self._root_nn = root_nn
-        return self._root_nn
+    x: list[torch.Tensor]
+    scale: list[torch.Tensor]
+    gate: list[torch.Tensor]
+    up: list[torch.Tensor]
+    h: list[torch.Tensor]
+    y: list[torch.Tensor]
+    gate_weight_F: torch.Tensor
+    up_weight_F: torch.Tensor
+    count: int
+    dtype: torch.dtype
 
 
-def solve_weighted_svd(problem: LayerProblem, rank_gate_up: int, rank_down: int) -> SharedSolution:
-    """Factor one layer, expert by expert."""
+@dataclass(frozen=True, slots=True)
+class _Compressed:
+    """Factors of gate or up, and V x of every token, chunk by chunk."""
+
+    part: Truncated
+    latent: list[torch.Tensor]
+
+
+def solve_weighted_svd(
+    problem: LayerProblem,
+    rank_gate_up: int,
+    rank_down: int,
+    *,
+    weigh_rows: bool = True,
+    follow: bool = True,
+) -> SharedSolution:
+    """Factor one layer, expert by expert; U and V in fp32, V in the values of the storage dtype.
+
+    Without `weigh_rows` all neurons weigh the same; without `follow` down is fitted to the dense
+    neurons. An expert without tokens gets the plain SVD of its weights.
+    """
     parts: dict[Projection, list[Truncated]] = {projection: [] for projection in PROJECTIONS}
     for expert in range(problem.shape.num_experts):
-        gate, up, down = problem.experts(expert)
-        inputs = _Inputs(problem.input_rows(expert))
-        parts["gate"].append(_factor(gate, inputs, rank_gate_up, problem.store_dtype))
-        parts["up"].append(_factor(up, inputs, rank_gate_up, problem.store_dtype))
-        neurons = _Inputs(problem.neuron_rows(expert))
-        parts["down"].append(_factor(down, neurons, rank_down, problem.store_dtype))
-
+        found = _solve_expert(problem, expert, rank_gate_up, rank_down, weigh_rows, follow)
+        for projection, part in zip(PROJECTIONS, found, strict=True):
+            parts[projection].append(part)
     return stacked_solution(parts, rank_gate_up, rank_down)
 
 
-def _factor(w_mn: torch.Tensor, inputs: _Inputs, rank: int, store_dtype: torch.dtype) -> Truncated:
-    """U and V in fp32, V in the values of `store_dtype`."""
-    image_tm: torch.Tensor | None = None
-    if w_mn.shape[0] <= w_mn.shape[1]:
-        image_tm = inputs.images(w_mn)
-        spectrum, vectors_mm = symmetric_eigen(_inner(image_tm, image_tm))
-        v_Rn = vectors_mm[:, :rank].T.to(inputs.dtype) @ w_mn.to(inputs.dtype)
-    else:
-        root_nn = inputs.root()
-        wide = w_mn.to(inputs.dtype)
-        scaled_nn = root_nn.T @ (wide.T @ wide).double() @ root_nn
-        spectrum, vectors_nn = symmetric_eigen(scaled_nn)
-        v_Rn = torch.linalg.solve_triangular(
-            root_nn, vectors_nn[:, :rank].T, upper=False, left=False
-        )
-        # Orthonormal rows: V x keeps the scale of x, and half precision its range.
-        v_Rn = torch.linalg.qr(v_Rn.T).Q.T
-    v_Rn = v_Rn.to(store_dtype).float()
-    if image_tm is None:
-        image_tm = inputs.images(w_mn)
-    image_tR = inputs.images(v_Rn)
-    ridge = inputs.ridge if len(inputs.rows_tn) else 0.0
-    stored, wide = v_Rn.to(inputs.dtype), w_mn.to(inputs.dtype)
-    inner_RR = _inner(image_tR, image_tR) + ridge * (stored @ stored.T).double()
-    cross_Rm = _inner(image_tR, image_tm) + ridge * (stored @ wide.T).double()
-    u_mR = solve_spd(inner_RR, cross_Rm).T
-    return Truncated(u_mR=u_mR.float(), v_Rn=v_Rn, spectrum=spectrum)
-
-
-def _inner(left_ta: torch.Tensor, right_tb: torch.Tensor) -> torch.Tensor:
-    """leftᵀ right in fp64, summed over chunks of rows."""
-    total_ab = torch.zeros(
-        left_ta.shape[1], right_tb.shape[1], dtype=torch.float64, device=left_ta.device
+def _solve_expert(
+    problem: LayerProblem,
+    expert: int,
+    rank_gate_up: int,
+    rank_down: int,
+    weigh_rows: bool,
+    follow: bool,
+) -> tuple[Truncated, Truncated, Truncated]:
+    weights = problem.experts(expert)
+    dtype = product_dtype(max(weights[0].shape))
+    gate_FD, up_FD, down_DF = (weight.to(dtype) for weight in weights)
+    tokens = _tokens(problem, expert, (gate_FD, up_FD, down_DF), weigh_rows)
+    if tokens.count == 0:
+        ranks = rank_gate_up, rank_gate_up, rank_down
+        plain = [_plain(w, r, problem.store_dtype) for w, r in zip(weights, ranks, strict=True)]
+        return plain[0], plain[1], plain[2]
+    gram_DD = None if len(gate_FD) <= gate_FD.shape[1] else _input_gram(tokens)
+    store = problem.store_dtype
+    gate = _gate_or_up(
+        gate_FD, tokens, tokens.gate, gram_DD, tokens.gate_weight_F, rank_gate_up, store
     )
-    for left, right in zip(
-        torch.split(left_ta, CHUNK_ROWS), torch.split(right_tb, CHUNK_ROWS), strict=True
+    up = _gate_or_up(up_FD, tokens, tokens.up, gram_DD, tokens.up_weight_F, rank_gate_up, store)
+    followed = None
+    if follow:
+        followed = _followed(problem.activation, tokens, gate, up)
+    down = (_down_narrow if tokens.h else _down_wide)(down_DF, tokens, followed, rank_down, store)
+    return gate.part, up.part, down
+
+
+def _tokens(
+    problem: LayerProblem, expert: int, weights: ExpertWeights, weigh_rows: bool
+) -> _Tokens:
+    gate_FD, up_FD, down_DF = weights
+    width, size = gate_FD.shape
+    dtype = gate_FD.dtype
+    token_n, gate_n = problem.statistics.tokens_of(expert)
+    x, scale, gate, up, h, y = ([] for _ in range(6))  # type: ignore[var-annotated]
+    weights_of_rows = RowWeights(down_DF)
+    for token_c, gate_c in zip(
+        torch.split(token_n, CHUNK_ROWS), torch.split(gate_n, CHUNK_ROWS), strict=True
     ):
-        total_ab += (left.T @ right).double()
-    return total_ab
+        x.append(problem.statistics.x_TD[token_c].to(problem.device, dtype))
+        scale.append(gate_c.to(problem.device, dtype)[:, None])
+        a_nF, u_nF = products(x[-1], (gate_FD, up_FD))
+        if weigh_rows:
+            weights_of_rows.add(a_nF, u_nF, scale[-1], problem.activation)
+        h_nF = (problem.activation(a_nF) * u_nF).mul_(scale[-1])
+        if width <= size:
+            gate.append(a_nF)
+            up.append(u_nF)
+        if width <= FOLLOWED_WIDTH:
+            h.append(h_nF)
+        else:
+            y.append(product(h_nF, down_DF))
+    gate_weight_F, up_weight_F = weights_of_rows.result()
+    return _Tokens(
+        x=x,
+        scale=scale,
+        gate=gate,
+        up=up,
+        h=h,
+        y=y,
+        gate_weight_F=gate_weight_F,
+        up_weight_F=up_weight_F,
+        count=len(token_n),
+        dtype=dtype,
+    )
+
+
+def _input_gram(tokens: _Tokens) -> torch.Tensor:
+    """Σ g² x xᵀ, damped, fp64 [D, D]."""
+    gated = [x * scale for x, scale in zip(tokens.x, tokens.scale, strict=True)]
+    return _ridged(_summed(gated, gated), DAMPING)
+
+
+def _summed(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Σ over chunks of leftᵀ right, fp64."""
+    total: torch.Tensor | None = None
+    for left_na, right_nb in zip(left, right, strict=True):
+        part_ab = inner(left_na, right_nb)
+        total = part_ab if total is None else total.add_(part_ab)
+    assert total is not None, "an expert with tokens has a chunk"
+    return total
+
+
+def _ridged(gram_nn: torch.Tensor, share: float) -> torch.Tensor:
+    """Plus `share` of the mean eigenvalue, in place; the identity where all is zero."""
+    mean = gram_nn.diagonal().mean().item()
+    gram_nn.diagonal().add_(share * mean if mean > 0 else 1.0)
+    return gram_nn
+
+
+def _cholesky(gram_nn: torch.Tensor) -> torch.Tensor:
+    root_nn: torch.Tensor
+    root_nn, info = torch.linalg.cholesky_ex(gram_nn)
+    if int(info) != 0:
+        raise NumericsError(
+            "the Gram of an expert's inputs is not positive definite; use more calibration text"
+        )
+    return root_nn
+
+
+def _plain(w_mn: torch.Tensor, rank: int, store: torch.dtype) -> Truncated:
+    """The plain SVD, with U fitted to the rounded V."""
+    found = truncate(w_mn.double(), torch.eye(w_mn.shape[1], device=w_mn.device).double(), rank)
+    v_Rn = found.v_Rn.to(store).double()
+    u_Rm = solve_spd(v_Rn @ v_Rn.T, v_Rn @ w_mn.double().T)
+    return Truncated(u_mR=u_Rm.T, v_Rn=v_Rn, spectrum=found.spectrum)
+
+
+def _gate_or_up(
+    w_FD: torch.Tensor,
+    tokens: _Tokens,
+    images: list[torch.Tensor],
+    gram_DD: torch.Tensor | None,
+    weight_F: torch.Tensor,
+    rank: int,
+    store: torch.dtype,
+) -> _Compressed:
+    """`gram_DD` is given where W is tall, `images` (g W x of every token) where it is not."""
+    dtype = tokens.dtype
+    root_F = weight_F.sqrt()
+    weighted_FD = root_F.to(dtype)[:, None] * w_FD
+    if gram_DD is not None:
+        s_DD = _cholesky(gram_DD).to(dtype)
+        energy_DD = inner(weighted_FD, weighted_FD).to(dtype)
+        v_RD, spectrum = _whitened_rows(energy_DD, s_DD, s_DD, rank)
+        v_RD = v_RD.to(store).to(dtype)
+        cross_RD = product(v_RD, gram_DD.to(dtype))
+        # U = W C Vᵀ (V C Vᵀ)⁻¹, solved on the smaller side.
+        fit_RD = solve_spd(product(cross_RD, v_RD).double(), cross_RD.double()).to(dtype)
+        part = Truncated(u_mR=product(w_FD, fit_RD), v_Rn=v_RD, spectrum=spectrum)
+        return _Compressed(part, [product(x, v_RD) for x in tokens.x])
+    gated = [image * scale for image, scale in zip(images, tokens.scale, strict=True)]
+    moment_FF = _summed(gated, gated)
+    spectrum, vectors_FR = leading(root_F[:, None] * moment_FF * root_F, rank, dtype)
+    exact_RD = product(vectors_FR.T.to(dtype), weighted_FD.T)
+    v_RD = exact_RD.to(store).to(dtype)
+    if torch.equal(v_RD, exact_RD):
+        # Then V x is a product with the images that are there already.
+        back_RF = (root_F[:, None] * vectors_FR).T.to(dtype)
+        latent = [product(image, back_RF) for image in images]
+        u_FR = vectors_FR / root_F[:, None]
+        return _Compressed(Truncated(u_mR=u_FR, v_Rn=v_RD, spectrum=spectrum), latent)
+    latent = [product(x, v_RD) for x in tokens.x]
+    used = [z * scale for z, scale in zip(latent, tokens.scale, strict=True)]
+    energy = 0.0
+    for x, scale in zip(tokens.x, tokens.scale, strict=True):
+        energy += (x * scale).square().sum().item()
+    ridge = DAMPING * energy / w_FD.shape[1] if energy > 0 else 1.0
+    inner_RR = _summed(used, used) + ridge * product(v_RD, v_RD).double()
+    cross_RF = _summed(used, gated) + ridge * product(v_RD, w_FD).double()
+    u_FR = solve_spd(inner_RR, cross_RF).T
+    return _Compressed(Truncated(u_mR=u_FR, v_Rn=v_RD, spectrum=spectrum), latent)
+
+
+def _whitened_rows(
+    energy_nn: torch.Tensor, b_nn: torch.Tensor, s_nn: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """V [rank, n], the leading eigenvectors of Bᵀ energy B times S⁻¹, and that spectrum.
+
+    It is the best row space for a weight W in the metric S Sᵀ if W S = (root of energy) B.
+    """
+    dtype = s_nn.dtype
+    back_nn = b_nn.T.contiguous()
+    spectrum, vectors_nR = leading(product(product(back_nn, energy_nn), back_nn), rank, dtype)
+    v_Rn = torch.linalg.solve_triangular(s_nn, vectors_nR.T.to(dtype), upper=False, left=False)
+    # Orthonormal rows: V x keeps the scale of x, and half precision its range.
+    return orthonormal_rows(v_Rn), spectrum
+
+
+def _followed(
+    activation: Activation, tokens: _Tokens, gate: _Compressed, up: _Compressed
+) -> Iterator[torch.Tensor]:
+    """The gated neurons that the compressed gate and up give, chunk by chunk."""
+    u_gate_FR, u_up_FR = (each.part.u_mR.to(tokens.dtype) for each in (gate, up))
+    for gate_z, up_z, scale in zip(gate.latent, up.latent, tokens.scale, strict=True):
+        h_nF = activation(product(gate_z, u_gate_FR))
+        yield h_nF.mul_(product(up_z, u_up_FR)).mul_(scale)
+
+
+def _trust(tokens: _Tokens, width: int) -> float:
+    """Weight of W2 itself beside the tokens: as `shared_basis` shrinks an expert's Gram."""
+    return width / (tokens.count + width)
+
+
+def _down_narrow(
+    w_DF: torch.Tensor,
+    tokens: _Tokens,
+    followed: Iterator[torch.Tensor] | None,
+    rank: int,
+    store: torch.dtype,
+) -> Truncated:
+    """Down for the compressed neurons h' if given, for the dense ones h otherwise.
+
+    With C = Σ h' h'ᵀ + λ and K = Σ h h'ᵀ + λ the least-squares weight is W̃ = W2 K C⁻¹.
+    """
+    dtype, width = tokens.dtype, w_DF.shape[1]
+    if followed is None:
+        gram_FF = _ridged(_summed(tokens.h, tokens.h), DAMPING)
+        cross_FF = gram_FF
+    else:
+        used = list(followed)
+        gram_FF = _summed(used, used)
+        ridge = _trust(tokens, width) * gram_FF.diagonal().mean().item()
+        ridge = ridge if ridge > 0 else 1.0
+        gram_FF.diagonal().add_(ridge)
+        cross_FF = _summed(tokens.h, used)
+        cross_FF.diagonal().add_(ridge)
+    gram, cross = gram_FF.to(dtype), cross_FF.to(dtype)
+    if len(w_DF) > width:
+        s_FF = _cholesky(gram_FF).to(dtype)
+        # W̃ S = W2 K S⁻ᵀ.
+        b_FF = torch.linalg.solve_triangular(s_FF.T, cross, upper=True, left=False)
+        v_RF, spectrum = _whitened_rows(inner(w_DF, w_DF).to(dtype), b_FF, s_FF, rank)
+    else:
+        wanted_DF = w_DF
+        if followed is not None:
+            wanted_DF = solve_spd(gram_FF, product(cross.T, w_DF).double()).T.to(dtype)
+        moment_DD = product(product(wanted_DF, gram), wanted_DF)
+        spectrum, vectors_DR = leading(moment_DD, rank, dtype)
+        v_RF = product(vectors_DR.T.to(dtype), wanted_DF.T)
+    v_RF = v_RF.to(store).to(dtype)
+    inner_RR = product(product(v_RF, gram), v_RF).double()
+    fit_RF = solve_spd(inner_RR, product(v_RF, cross).double()).to(dtype)
+    return Truncated(u_mR=product(w_DF, fit_RF), v_Rn=v_RF, spectrum=spectrum)
+
+
+def _down_wide(
+    w_DF: torch.Tensor,
+    tokens: _Tokens,
+    followed: Iterator[torch.Tensor] | None,
+    rank: int,
+    store: torch.dtype,
+) -> Truncated:
+    """V for the dense neurons; U by least squares from what V makes of the compressed ones."""
+    dtype, width = tokens.dtype, w_DF.shape[1]
+    spectrum, vectors_DR = leading(_summed(tokens.y, tokens.y), rank, dtype)
+    exact_RF = product(vectors_DR.T.to(dtype), w_DF.T)
+    v_RF = exact_RF.to(store).to(dtype)
+    if followed is None:
+        if not torch.equal(v_RF, exact_RF):
+            # Rounding only: the rows of V are not whitened, which is enough for so small a change.
+            cross_RD = product(v_RF, w_DF).double()
+            u_RD = solve_spd(product(v_RF, v_RF).double(), cross_RD)
+            return Truncated(u_mR=u_RD.T, v_Rn=v_RF, spectrum=spectrum)
+        return Truncated(u_mR=vectors_DR, v_Rn=v_RF, spectrum=spectrum)
+    size = len(w_DF)
+    inner_RR = torch.zeros(rank, rank, dtype=torch.float64, device=w_DF.device)
+    cross_RD = torch.zeros(rank, size, dtype=torch.float64, device=w_DF.device)
+    energy = 0.0
+    for h_nF, y_nD in zip(followed, tokens.y, strict=True):
+        z_nR = product(h_nF, v_RF)
+        inner_RR += inner(z_nR, z_nR)
+        cross_RD += inner(z_nR, y_nD)
+        energy += h_nF.square().sum().item()
+    ridge = _trust(tokens, width) * energy / width if energy > 0 else 1.0
+    inner_RR += ridge * product(v_RF, v_RF).double()
+    cross_RD += ridge * product(v_RF, w_DF).double()
+    return Truncated(u_mR=solve_spd(inner_RR, cross_RD).T, v_Rn=v_RF, spectrum=spectrum)
