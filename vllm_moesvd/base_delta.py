@@ -13,17 +13,12 @@ from typing import Any, Final
 
 import torch
 from torch.nn.functional import linear
-from vllm.distributed import (
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_reduce_scatter,
-)
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEConfig,
     FusedMoEMethodBase,
     RoutedExperts,
 )
 
-from vllm_moesvd import ops
 from vllm_moesvd.base_ops import base_experts
 from vllm_moesvd.layer import FactoredMoEMethod, FactoredRoutedExperts
 from vllm_moesvd.loading import load_padded_slice
@@ -89,17 +84,12 @@ class BaseDeltaMoEMethod(FactoredMoEMethod):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output [T, D] of the routed experts; a partial sum for the runner's all-reduce."""
-        spec = self.spec
-        slot_TK, gate_TK = layer.expert_slot[topk_ids], topk_weights
-        if spec.num_slots < len(spec.expert_slot):
-            slot_TK, gate_TK = ops.merge_slots(slot_TK, gate_TK)
-        z_TC2R = ops.project_in(x, slot_TK, layer.v_gate, layer.v_up, spec.slot_group)
-        if self.is_sharded:
-            z_TC2R = tensor_model_parallel_all_gather(z_TC2R, dim=-1)
+        slot_TK, gate_TK = self._slots(layer, topk_ids, topk_weights)
+        z_TC2R = self._project_in(layer, x, slot_TK)
         base_T2B = torch.stack([linear(x, layer.base_gate), linear(x, layer.base_up)], dim=1)
         factors = layer.u_gate, layer.u_up, layer.v_down
-        w_NQ, h_TB = base_experts(z_TC2R, base_T2B, slot_TK, gate_TK, *factors, spec.slot_group)
-        if self.is_sharded:
-            w_NQ = tensor_model_parallel_reduce_scatter(w_NQ, dim=-1)
-        y_TD: torch.Tensor = ops.project_out(w_NQ, slot_TK, gate_TK, layer.u_down)
+        w_NQ, h_TB = base_experts(
+            z_TC2R, base_T2B, slot_TK, gate_TK, *factors, self.spec.slot_group
+        )
+        y_TD = self._project_out(layer, w_NQ, slot_TK, gate_TK)
         return y_TD + linear(h_TB, layer.base_down)

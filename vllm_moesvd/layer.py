@@ -137,16 +137,38 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Output [T, D] of the routed experts; a partial sum for the runner's all-reduce."""
         if self._runs_kernels(x):
             return self._apply_kernels(layer, x, topk_weights, topk_ids)
-        spec = self.spec
-        slot_TK, gate_TK = layer.expert_slot[topk_ids], topk_weights
-        if spec.num_slots < len(spec.expert_slot):
+        slot_TK, gate_TK = self._slots(layer, topk_ids, topk_weights)
+        z_TC2R = self._project_in(layer, x, slot_TK)
+        factors = layer.u_gate, layer.u_up, layer.v_down
+        w_NQ = ops.experts(z_TC2R, slot_TK, *factors, self.spec.slot_group)
+        return self._project_out(layer, w_NQ, slot_TK, gate_TK)
+
+    def _slots(
+        self, layer: RoutedExperts, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot and gate of every routed row; one that a token meets twice is computed once."""
+        slot_TK, gate_TK = layer.expert_slot[ids_TK], weights_TK
+        if self.spec.num_slots < len(self.spec.expert_slot):
             slot_TK, gate_TK = ops.merge_slots(slot_TK, gate_TK)
-        z_TC2R = ops.project_in(x, slot_TK, layer.v_gate, layer.v_up, spec.slot_group)
-        if self.is_sharded:
-            z_TC2R = _gather_ranks(z_TC2R)
-        w_NQ = ops.experts(z_TC2R, slot_TK, layer.u_gate, layer.u_up, layer.v_down, spec.slot_group)
-        if self.is_sharded:
-            w_NQ = _scatter_ranks(w_NQ)
+        return slot_TK, gate_TK
+
+    def _project_in(
+        self, layer: RoutedExperts, x_TD: torch.Tensor, slot_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """V gate and V up of every token, all ranks of it."""
+        factors = layer.v_gate, layer.v_up
+        z_TC2R: torch.Tensor = ops.project_in(x_TD, slot_TK, *factors, self.spec.slot_group)
+        return _gather_ranks(z_TC2R) if self.is_sharded else z_TC2R
+
+    def _project_out(
+        self,
+        layer: RoutedExperts,
+        w_NQ: torch.Tensor,
+        slot_TK: torch.Tensor,
+        gate_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """U down of every routed row, summed by gate; this process's share of the ranks."""
+        w_NQ = _scatter_ranks(w_NQ) if self.is_sharded else w_NQ
         y_TD: torch.Tensor = ops.project_out(w_NQ, slot_TK, gate_TK, layer.u_down)
         return y_TD
 
