@@ -106,7 +106,9 @@ def check_config(config: Mapping[str, Any], file: Path) -> ModelConfig:
                 f"{file}: {key} says the weights are quantised ({show(method)}); start from the "
                 "BF16, F16 or F32 checkpoint"
             )
-    _check_accepted(config, family, file)
+    untested = family.unsupported(config)
+    if untested is not None:
+        raise UnsupportedError(f"{file}: {untested}")
     for key in (*_REQUIRED_SIZES, family.expert_width_key):
         _positive(config, key, file)
     try:
@@ -162,18 +164,6 @@ def _family(config: Mapping[str, Any], file: Path) -> Family:
     raise UnsupportedError(f"{file}: architecture {show(name)} is not supported; {supported} is")
 
 
-def _check_accepted(config: Mapping[str, Any], family: Family, file: Path) -> None:
-    """Refuse variants of an architecture that have not been tested."""
-    for key, values in family.accepted.items():
-        found = config.get(key)
-        if not any(type(found) is type(value) and found == value for value in values):
-            known = " or ".join("absent" if value is None else show(value) for value in values)
-            raise UnsupportedError(
-                f"{file}: {key} is {show(found)}; of {family.architecture} only {known} is "
-                "supported"
-            )
-
-
 def _spec(
     config: Mapping[str, Any], family: Family, shape: MoEShape, num_layers: int, file: Path
 ) -> CheckpointSpec | None:
@@ -210,18 +200,12 @@ def _head_dim(config: Mapping[str, Any], family: Family, file: Path) -> int:
             f"{file}: num_attention_heads is {heads}, not a multiple of num_key_value_heads "
             f"{kv_heads}"
         )
-    given = _positive(config, "head_dim", file) if config.get("head_dim") is not None else None
-    if given is not None and (family.free_head_dim or given * heads == d):
-        return given
+    if config.get("head_dim") is not None:
+        return _positive(config, "head_dim", file)
     if d % heads:
         raise InputError(
             f"{file}: hidden_size is {d}, not a multiple of num_attention_heads {heads}, and "
             "there is no head_dim"
-        )
-    if given is not None:
-        raise UnsupportedError(
-            f"{file}: head_dim is {given}; of {family.architecture} only hidden_size over "
-            f"num_attention_heads, {d // heads}, is supported"
         )
     return int(d) // int(heads)
 

@@ -27,14 +27,13 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from vllm_moesvd.families import FAMILIES as FAMILIES
-from vllm_moesvd.families import PROJECTIONS as PROJECTIONS
 from vllm_moesvd.families import Family as Family
-from vllm_moesvd.families import FormatError as FormatError
-from vllm_moesvd.families import LayerPattern as LayerPattern
-from vllm_moesvd.families import MoEShape as MoEShape
-from vllm_moesvd.families import Projection as Projection
-from vllm_moesvd.families import RoutingGroups as RoutingGroups
-from vllm_moesvd.families import positive_int, show
+from vllm_moesvd.moe_block import PROJECTIONS as PROJECTIONS
+from vllm_moesvd.moe_block import FormatError as FormatError
+from vllm_moesvd.moe_block import LayerPattern as LayerPattern
+from vllm_moesvd.moe_block import MoEShape as MoEShape
+from vllm_moesvd.moe_block import Projection as Projection
+from vllm_moesvd.moe_block import positive_int, show
 
 FORMAT_VERSION: Final = 1
 CONFIG_KEY: Final = "moesvd"

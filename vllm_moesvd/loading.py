@@ -51,6 +51,10 @@ class ModelPlan:
 def read_plan(family: Family, hf_config: Any) -> ModelPlan:
     """Check the `moesvd` key of a loaded config; raises FormatError in one line."""
     values = hf_config.to_dict()
+    untested = family.unsupported(values)
+    if untested is not None:
+        raise FormatError(f"moesvd: config.json: {untested}")
+    family.routing_groups(values)
     shape = family.moe_shape(values)
     num_layers = values["num_hidden_layers"]
     spec = parse_spec(values.get(CONFIG_KEY), shape, num_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from compress_tool.checkpoint import open_checkpoint
+from compress_tool.errors import InputError, UnsupportedError
 from compress_tool.factorize.problem import routed_output
+from compress_tool.inspect import active_params
 from compress_tool.packing import folded_expert
 from compress_tool.probe import observed_layer
 from compress_tool.promised import promised_checkpoint
@@ -120,3 +123,168 @@ def test_all_rows_of_the_router_route_as_before(name: str, tmp_path: Path):
     again = rerouted(checkpoint, layer, statistics, router)
     assert torch.equal(again.index_TK, statistics.index_TK)
     assert torch.allclose(again.gate_TK, statistics.gate_TK, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "kind", "named"),
+    [
+        ("qwen2_moe", {"qkv_bias": False}, UnsupportedError, "qkv_bias is False"),
+        ("qwen2_moe", {"use_sliding_window": True}, UnsupportedError, "use_sliding_window"),
+        ("qwen2_moe", {"head_dim": 16}, UnsupportedError, "head_dim is 16"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, UnsupportedError, "none of the 3 layers"),
+        ("qwen2_moe", {"mlp_only_layers": 1}, InputError, "mlp_only_layers must be a list"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, InputError, "decoder_sparse_step"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, InputError, "shared_expert_inter"),
+        ("qwen3_moe", {"num_local_experts": 4}, InputError, "are not the same number"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, UnsupportedError, "absent"),
+        ("olmoe", {"clip_qkv": 8.0}, UnsupportedError, "clip_qkv is 8.0"),
+        ("olmoe", {"norm_topk_prob": True}, UnsupportedError, "norm_topk_prob"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, UnsupportedError, "'group_limited_greedy'"),
+        ("deepseek_v2", {"topk_method": "greedy"}, InputError, "uses all groups"),
+        ("deepseek_v2", {"n_group": 5}, InputError, "12 experts are not 5 equal groups"),
+        ("deepseek_v2", {"num_experts_per_tok": 7}, InputError, "less than top 7"),
+        ("deepseek_v2", {"first_k_dense_replace": None}, InputError, "first_k_dense_replace"),
+        ("deepseek_v2", {"kv_lora_rank": "x"}, InputError, "kv_lora_rank"),
+        ("deepseek_v3", {"scoring_func": None}, UnsupportedError, "'sigmoid'"),
+        ("deepseek_v3", {"n_group": 12, "topk_group": 4}, InputError, "smaller than the 2"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, UnsupportedError, "moe_layer_freq is 2"),
+        ("deepseek_v3", {"n_shared_experts": None}, InputError, "n_shared_experts"),
+    ],
+)
+def test_what_has_not_been_tested_is_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], kind: type[Exception], named: str
+):
+    (tmp_path / "config.json").write_text(json.dumps(family_config(name) | changes))
+    with pytest.raises(kind, match=re.escape(named)) as caught:
+        promised_checkpoint(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_architecture_is_told_the_known_ones(tmp_path: Path):
+    config = family_config("olmoe") | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError) as caught:
+        promised_checkpoint(tmp_path / "config.json")
+    assert all(family.architecture in str(caught.value) for family in BY_NAME.values())
+
+
+def test_layers_follow_step_and_list(tmp_path: Path):
+    """Of six layers every second has experts, and layer 3 is named as dense: 1 and 5 remain."""
+    changes = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    path = tiny(tmp_path / "model", "qwen3_moe", **changes)
+    checkpoint = open_checkpoint(path, allow_factored=False)
+    assert checkpoint.moe_layers == (1, 5)
+    model = transformers_model(path)
+    found = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    assert found == [1, 5]
+
+
+# Parameters of the published models, by their model cards: total, and per token.
+PUBLISHED: dict[str, tuple[str, dict[str, Any], float, float]] = {
+    "Qwen1.5-MoE-A2.7B": (
+        "qwen2_moe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 1408,
+            "num_attention_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 16,
+            "shared_expert_intermediate_size": 5632,
+            "vocab_size": 151936,
+        },
+        14.3e9,
+        2.7e9,
+    ),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        {
+            "head_dim": 128,
+            "hidden_size": 2048,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 768,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "vocab_size": 151936,
+        },
+        30.5e9,
+        3.3e9,
+    ),
+    "OLMoE-1B-7B": (
+        "olmoe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "num_attention_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 16,
+            "vocab_size": 50304,
+        },
+        6.92e9,
+        1.3e9,
+    ),
+    "DeepSeek-V2-Lite": (
+        "deepseek_v2",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "kv_lora_rank": 512,
+            "moe_intermediate_size": 1408,
+            "n_group": 1,
+            "n_routed_experts": 64,
+            "num_attention_heads": 16,
+            "num_experts_per_tok": 6,
+            "num_hidden_layers": 27,
+            "num_key_value_heads": 16,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "topk_method": "greedy",
+            "v_head_dim": 128,
+            "vocab_size": 102400,
+        },
+        15.7e9,
+        2.66e9,
+    ),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        {
+            "first_k_dense_replace": 3,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "kv_lora_rank": 512,
+            "moe_intermediate_size": 2048,
+            "n_group": 8,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "num_attention_heads": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 61,
+            "num_key_value_heads": 128,
+            "q_lora_rank": 1536,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "topk_group": 4,
+            "v_head_dim": 128,
+            "vocab_size": 129280,
+        },
+        671e9,
+        37.5e9,
+    ),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_models_have_their_published_sizes(tmp_path: Path, model: str):
+    name, changes, total, active = PUBLISHED[model]
+    (tmp_path / "config.json").write_text(json.dumps(family_config(name, **changes)))
+    checkpoint = promised_checkpoint(tmp_path / "config.json")
+    assert checkpoint.total_params == pytest.approx(total, rel=0.005)
+    assert active_params(checkpoint) == pytest.approx(active, rel=0.03)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import tiny_mixtral
+from tests.families import BY_NAME
 from tests.vllm_moesvd import harness
 from tests.vllm_moesvd.hand_made import ODD_LAYERS, hand_made
 from vllm_moesvd.engine_config import replicate_option
@@ -172,3 +173,13 @@ def test_an_entry_of_vllm_for_the_same_architecture_still_runs(
     entry.verify_and_update_model_config(model_config)
     entry.verify_and_update_config(SimpleNamespace(model_config=model_config))
     assert called == ["model", "config"]
+
+
+def test_a_variant_of_a_family_that_was_not_tested_is_refused(tmp_path: Path) -> None:
+    """OLMoE's routing in vLLM does not look at norm_topk_prob."""
+    sizes = {"num_experts": 4, "intermediate_size": 96, "num_experts_per_tok": 2}
+    made = hand_made(ODD_LAYERS, exact=False, family=BY_NAME["olmoe"], **sizes)
+    folder = made.write(tmp_path / "made")
+    harness.engine_config(folder)
+    with pytest.raises(ValueError, match="norm_topk_prob is True; of OlmoeForCausalLM only False"):
+        harness.engine_config(with_config(folder, tmp_path / "changed", norm_topk_prob=True))
