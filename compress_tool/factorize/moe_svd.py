@@ -218,7 +218,7 @@ def _combine(
         return scaled.sum(dim=0)
     if options.combine == "mean":
         return scaled.mean(dim=0)
-    weight = frequency_E[list(experts)]
+    weight = frequency_E[list(experts)].to(scaled.device)
     weight = (
         weight / weight.sum() if weight.sum() > 0 else torch.full_like(weight, 1 / len(experts))
     )
