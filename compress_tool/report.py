@@ -80,7 +80,8 @@ def size_by_part(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
         if name in (EMBEDDING, LM_HEAD):
             part = "embeddings"
         else:
-            part = "attention" if ".self_attn." in name else "router and norms"
+            part = _part_of(name)
+            parts.setdefault(part, [0, 0])
         parts[part][0] += info.num_bytes
         parts[part][1] += info.num_bytes
     for layer in checkpoint.moe_layers:
@@ -89,6 +90,15 @@ def size_by_part(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
         shapes = dense_layer_tensors(checkpoint.shape, checkpoint.family, layer).values()
         parts["routed experts"][0] += item_bytes * sum(rows * width for rows, width in shapes)
     return {part: (before, after) for part, (before, after) in parts.items()}
+
+
+def _part_of(name: str) -> str:
+    """Which part of a decoder layer a tensor that is no routed expert's belongs to."""
+    if ".self_attn." in name:
+        return "attention"
+    if "shared_expert" in name:
+        return "shared experts"
+    return "dense layers" if name.endswith("_proj.weight") else "router and norms"
 
 
 def report_html(
@@ -110,16 +120,16 @@ def shown_layers(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     dense layer's; `distinct_experts` is filled in for the forms that keep all experts.
     """
     total = report.get("num_experts")
-    full = {
-        "width": report.get("expert_width"),
-        "rank_gate_up": report.get("hidden_size"),
-        "rank_down": report.get("hidden_size"),
-    }
+    hidden, width = report.get("hidden_size"), report.get("expert_width")
+    # A latent layer's rank replaces the hidden size; other factors go up to the smaller side.
+    smaller = min((x for x in (hidden, width) if isinstance(x, int)), default=None)
     layers = []
     for layer in sorted(report.get("layers") or (), key=lambda layer: int(layer["index"])):
         form = str(layer.get("form") or "dense")
         kept_experts = layer.get("num_experts") if form == "drop" else total
-        is_narrow = _less(layer.get("width"), full["width"])
+        is_narrow = _less(layer.get("width"), width)
+        rank = hidden if form == "latent" else smaller
+        full = {"width": width, "rank_gate_up": rank, "rank_down": rank}
         extra: dict[str, Any] = {
             "shown_form": "latent, narrow" if form == "latent" and is_narrow else form,
             "num_experts": total,

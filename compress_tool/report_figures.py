@@ -68,7 +68,7 @@ def sizes_figure(parts: Mapping[str, tuple[int, int]]) -> bytes:
     axes.set_xlim(0, 1.22 * max(totals))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.42, -0.02), ncols=5, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.42, -0.02), ncols=6, frameon=False)
     return png(figure)
 
 

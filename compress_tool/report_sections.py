@@ -152,9 +152,13 @@ def _losses(report: Mapping[str, Any], layers: Layers, has_pictures: bool) -> st
             image += picture(joint_figure(layers, measured), f"Expected KL {total:.4g}{seen}")
     text = (
         "Measured: squared error of the layer's output relative to the dense output on the "
-        "calibration text; 0 is exact. Predicted: what the closed form knew before it was stored "
-        "and refitted: the energy beyond both ranks, or that of the neurons given up."
+        "calibration text; 0 is exact."
     )
+    if any(layer.get("predicted_loss") is not None for layer in layers):
+        text += (
+            " Predicted: what the closed form knew before it was stored and refitted: the energy "
+            "beyond both ranks, or that of the neurons given up."
+        )
     if is_expected:
         text += f" The plan expected {total:.4g} nats per token for all layers together"
         text += (
@@ -163,8 +167,12 @@ def _losses(report: Mapping[str, Any], layers: Layers, has_pictures: bool) -> st
             else (f"; {measured:.4g} were measured on calibration text, which the refit has seen.")
         )
     rest = (
-        "<p>Weights: relative error of the weights themselves, without regard to which activations "
-        "reach them; large values there are normal.</p>"
+        ""
+        if not any(layer.get("weight_error") for layer in layers)
+        else (
+            "<p>Weights: relative error of the weights themselves, without regard to which activations "
+            "reach them; large values there are normal.</p>"
+        )
     )
     return (
         heading("Predicted and measured", text)

@@ -28,6 +28,7 @@ PURPLE, SKY, GREY = "#cc79a7", "#56b4e9", "#c3cbd3"
 PART_COLOURS: Final = {
     "routed experts": BLUE,
     "shared experts": SKY,
+    "dense layers": GREEN,
     "attention": ORANGE,
     "embeddings": FAINT,
     "router and norms": VERMILION,

@@ -14,10 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compress_tool import report as report_module
 from compress_tool import report_sections
 from compress_tool.checkpoint import open_checkpoint
 from compress_tool.errors import InputError
-from compress_tool.report import compared_runs, report_html, size_by_part, write_report
+from compress_tool.report import (
+    compared_runs,
+    report_html,
+    shown_layers,
+    size_by_part,
+    write_report,
+)
 from compress_tool.report_maps import coverage, lost_energy, rank_for
 from tests.checkpoints import tiny_mixtral
 
@@ -124,6 +131,14 @@ def test_distinct_experts_are_those_left_in_every_form() -> None:
     for form, count in (("latent, narrow", 4), ("shared-v", 3), ("drop", 2)):
         row = re.search(f"<td class=text>{form}</td>(.*?)</tr>", page)
         assert row is not None and row.group(1).endswith(f"<td>{count}</td>")
+
+
+def test_full_rank_is_the_hidden_size_or_the_smaller_side() -> None:
+    whole = {"hidden_size": 16, "expert_width": 8}
+    made = [layer(0, rank_down=8), layer(1, form="svd", rank_down=8)]
+    latent, svd = shown_layers({**whole, "layers": made})
+    assert (latent["rank_down_share"], svd["rank_down_share"]) == (0.5, 1.0)
+    assert (latent["shown_form"], svd["shown_form"]) == ("latent", "svd")
 
 
 def test_names_are_escaped() -> None:
@@ -252,3 +267,17 @@ def test_a_large_model_is_drawn_in_seconds() -> None:
     assert len(PNG.findall(page)) == 8
     # Long tables stand behind a line that opens them.
     assert page.count("<details>") == 6
+
+
+def test_parts_of_other_families_have_their_names() -> None:
+    found = {
+        name: report_module._part_of(f"model.layers.3.{name}.weight")
+        for name in (
+            "self_attn.q_proj", "mlp.shared_experts.up_proj", "mlp.shared_expert_gate",
+            "mlp.gate_proj", "mlp.gate", "post_attention_layernorm",
+        )
+    }  # fmt: skip
+    assert list(found.values()) == [
+        "attention", "shared experts", "shared experts", "dense layers", "router and norms",
+        "router and norms",
+    ]  # fmt: skip
