@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import compress_tool.fisher as fisher
 from compress_tool.calibration import calibrate
 from compress_tool.calibration_state import statistics_file
 from compress_tool.checkpoint import Checkpoint, open_checkpoint
+from compress_tool.errors import InputError, ResourceError
 from compress_tool.fisher import fisher_base, measure_fisher
 from compress_tool.layer_stats import LayerStatistics
 from tests.checkpoints import mixtral_config, mixtral_tensors, tiny_mixtral, write_checkpoint
@@ -188,3 +190,43 @@ def test_the_sequences_are_spread_over_all_windows():
     assert len(chosen) == len(set(chosen)) == fisher.FISHER_SEQUENCES
     assert (chosen[0], chosen[-1]) == (0, 99)
     assert fisher._spread(ids_NS[:3])[:, 0].tolist() == [0, 1, 2]
+
+
+def test_a_full_disk_is_said_before_anything_is_computed(source, ids_NS, tmp_path, monkeypatch):
+    path = calibrated(source, ids_NS, tmp_path / "stats")
+    needed = fisher.fisher_bytes(source, *ids_NS.shape)
+    monkeypatch.setattr(
+        fisher.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1, total=0, used=0)
+    )
+    with pytest.raises(ResourceError, match=r"--base fisher, .* free"):
+        measure_fisher(source, ids_NS, path, silent)
+    assert not list(path.glob("fisher-*"))
+
+
+def test_the_disk_forecast_is_an_upper_bound(source, ids_NS, tmp_path, monkeypatch):
+    path, largest = calibrated(source, ids_NS, tmp_path / "stats"), 0
+    write = fisher.write_file
+
+    def watching(file, chunks):
+        nonlocal largest
+        write(file, chunks)
+        largest = max(largest, sum(f.stat().st_size for f in path.glob("fisher-*")))
+
+    monkeypatch.setattr(fisher, "write_file", watching)
+    measure_fisher(source, ids_NS, path, silent)
+    forecast = fisher.fisher_bytes(source, *ids_NS.shape)
+    assert 0.5 * forecast < largest <= forecast
+
+
+def test_a_damaged_file_is_named(source, ids_NS, measured, tmp_path):
+    for name in ("short", "empty"):
+        folder = tmp_path / name
+        folder.mkdir()
+        data = fisher.fisher_file(measured, 1).read_bytes()
+        fisher.fisher_file(folder, 1).write_bytes(data[:-40] if name == "short" else b"")
+        with pytest.raises(InputError, match="fisher-00001"):
+            fisher_base(folder, 1)
+    path = calibrated(source, ids_NS, tmp_path / "stats")
+    (path / "fisher-gradient-00002.bin").write_bytes(b"1234")
+    with pytest.raises(InputError, match="gradient-00002"):
+        measure_fisher(source, ids_NS, path, silent)
