@@ -65,7 +65,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _DEEPSEEK
     | {
         "norm_topk_prob": True,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": 1,
         "q_lora_rank": 20,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",

@@ -64,6 +64,8 @@ class Family:
     """Values of the key `topk_method` with which routing is limited to groups of experts."""
     group_score_size: int = 1
     """Experts of a group whose scores sum to the group's."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers does if a key is absent or null, where vLLM would do something else."""
     accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """The values that this project has been tested with, by config key; None means absent."""
 
@@ -148,12 +150,14 @@ class Family:
         """The groups that limit the routing; None if every expert may be chosen."""
         if not self.group_methods:
             return None
+        is_limited = self.completed(config).get("topk_method") in self.group_methods
+        if not is_limited:
+            config = self.completed(config)
         groups = RoutingGroups(
             count=positive_int(config, "n_group", where="config.json"),
             used=positive_int(config, "topk_group", where="config.json"),
             scored=self.group_score_size,
         )
-        is_limited = config.get("topk_method") in self.group_methods
         shape = self.moe_shape(config)
         problem = groups.problem(shape.num_experts, shape.top_k)
         if not is_limited and groups.used != groups.count:
@@ -163,6 +167,11 @@ class Family:
                 f"config.json: n_group {groups.count}, topk_group {groups.used}: {problem}"
             )
         return groups if is_limited else None
+
+    def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config with what its absent keys imply written out."""
+        absent = {key: value for key, value in self.implied.items() if config.get(key) is None}
+        return dict(config) | absent
 
     def unsupported(self, config: Mapping[str, Any]) -> str | None:
         """What this config.json asks of the architecture that has not been tested, or None."""
@@ -264,8 +273,9 @@ FAMILIES: Final[tuple[Family, ...]] = (
             "moe_layer_freq": (1, None),
             "norm_topk_prob": _NO,
             "scoring_func": ("softmax", None),
-            "topk_method": ("greedy", "group_limited_greedy"),
+            "topk_method": ("greedy", "group_limited_greedy", None),
         },
+        implied={"topk_method": "greedy", "n_group": 1, "topk_group": 1},
         **_DEEPSEEK,
     ),
     Family(
@@ -279,9 +289,11 @@ FAMILIES: Final[tuple[Family, ...]] = (
             "attention_bias": _NO,
             "moe_layer_freq": (1, None),
             "rope_interleave": (True, None),
-            "scoring_func": ("sigmoid",),
-            "topk_method": ("noaux_tc",),
+            "scoring_func": ("sigmoid", None),
+            "topk_method": ("noaux_tc", None),
         },
+        # transformers has no field for either, and drops them when it saves a model.
+        implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         **_DEEPSEEK,
     ),
 )

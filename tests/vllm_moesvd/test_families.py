@@ -41,6 +41,12 @@ VARIANTS = {name: (name, {}) for name in NEW_FAMILIES} | {
         {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
     ),
     "qwen2_moe-normalised": ("qwen2_moe", {"norm_topk_prob": True}),
+    # transformers saves neither key of V3, and null for groups that V2 does not have.
+    "deepseek_v2-saved": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "n_group": None, "topk_group": None},
+    ),
+    "deepseek_v3-saved": ("deepseek_v3", {"scoring_func": None, "topk_method": None}),
 }
 LOGPROB_NOISE = 3e-6
 """Twice the largest |Δ logprob| measured on these checkpoints (1.4e-6)."""

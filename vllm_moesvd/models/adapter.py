@@ -25,6 +25,9 @@ class FactoredModel:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         hf_config = vllm_config.model_config.hf_config
         plan = read_plan(self.family, hf_config)
+        for key, value in self.family.implied.items():
+            if getattr(hf_config, key, None) is None:
+                setattr(hf_config, key, value)
         with factored_layers(type(self), plan, replicate=replicate_option(vllm_config)) as built:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         built_indices = {layer.index for layer in built}

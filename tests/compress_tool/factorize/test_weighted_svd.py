@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from compress_tool.factorize import products, weighted_svd
+from compress_tool.factorize import products
 from compress_tool.factorize.problem import relative_error
 from compress_tool.factorize.shared_v import solve_shared_v
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
