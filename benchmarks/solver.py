@@ -1,8 +1,11 @@
 """CPU seconds, loss and memory of factoring one layer, beside one `torch.linalg.svd` per weight.
 
-Both sides get the same rank, the same routed tokens and the same time to read them. The naive way
-is what the published per-expert methods do: Gram, Cholesky, SVD of W S, and S⁻¹; the plain SVD of
-W, without any activations, is shown too. Each runs in a process of its own for its peak memory.
+All ways get the same routed tokens, and the time to read them counts. The naive way is what the
+published per-expert methods do, in fp32: Gram, Cholesky, SVD of W S, S⁻¹; the plain SVD of W,
+without any activations, is shown too. `svd` is compared at the naive way's rank; `shared-v` and
+`latent` have the rank that fills the same bytes. The loss is that of the layer's output, on the
+tokens that were fitted and on as many others. Each way runs in a process of its own for its peak
+memory, one after the other on each shape.
 """
 
 from __future__ import annotations
@@ -20,20 +23,31 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import silu
 
-from compress_tool.factorize.problem import LayerProblem, relative_error, routed_output
+from compress_tool.factorize.latent import solve_latent
+from compress_tool.factorize.problem import (
+    ExpertWeights,
+    LayerProblem,
+    relative_error,
+    routed_output,
+)
 from compress_tool.factorize.shared_v import solve_shared_v
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
-from compress_tool.factors import SharedFactors
+from compress_tool.factors import LatentFactors, SharedFactors
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.packing import folded_factors
 from vllm_moesvd.format import PROJECTIONS, MoEShape
 
 SHAPES: Final = {
-    "64 experts of 768 x 2048": (2048, 768, 64, 8, 16384, 0.5),
-    "8 experts of 3584 x 1024": (1024, 3584, 8, 2, 8192, 0.5),
+    "64 experts of 768 x 2048": (2048, 768, 64, 8, 16384),
+    "8 experts of 3584 x 1024": (1024, 3584, 8, 2, 8192),
 }
-"""Hidden size, width, experts, experts per token, tokens, share of the smaller side as rank."""
-WAYS: Final = ("plain SVD", "whitened SVD", "svd (ours)", "shared-v (ours)")
+"""Hidden size, width, experts, experts per token, tokens."""
+
+KEPT_SHARE: Final = 0.6
+"""Of the experts' parameters: 40 % are removed."""
+
+NAIVE: Final = "whitened SVD"
+WAYS: Final = (NAIVE, "svd (ours)", "plain SVD", "shared-v (ours)", "latent (ours)")
 
 
 def main() -> None:
@@ -41,57 +55,86 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--one", nargs=2, metavar=("SHAPE", "WAY"))
     parser.add_argument("--experts", type=int, help="fewer experts, for a quick look")
+    parser.add_argument("--threads", type=int, default=1, help="of every process (default: 1)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.one:
-        sys.stdout.write(json.dumps(_measure(*options.one, options.experts)) + "\n")
+        shape, way = options.one
+        sys.stdout.write(json.dumps(_measure(shape, way, options.experts)) + "\n")
         return
     results: dict[str, dict[str, Any]] = {}
     for shape in SHAPES:
         results[shape] = {}
         for way in WAYS:
             words = [sys.executable, "-m", "benchmarks.solver", "--one", shape, way]
+            words += ["--threads", str(options.threads)]
             if options.experts:
                 words += ["--experts", str(options.experts)]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
             result = json.loads(done.stdout)
             results[shape][way] = result
-            naive = results[shape]["whitened SVD" if "whitened SVD" in results[shape] else way]
+            naive = results[shape][NAIVE]["seconds"]
             sys.stdout.write(
-                f"{shape:26} {way:16} {result['seconds']:8.2f} s  "
-                f"{naive['seconds'] / result['seconds']:5.1f}x  loss {result['loss']:.5f}  "
-                f"peak {result['peak_mib']} MiB\n"
+                f"{shape:26} {way:16} rank {result['rank']:4} {result['seconds']:8.2f} s "
+                f"{naive / result['seconds']:5.1f}x  loss {result['loss']:.4f} fitted, "
+                f"{result['unseen']:.4f} unseen  peak {result['peak_mib']} MiB\n"
             )
             sys.stdout.flush()
     if options.out:
-        about = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        about = {"cores": os.cpu_count(), "threads": options.threads}
         options.out.write_text(json.dumps(about | results, indent=1) + "\n")
 
 
 def _measure(shape_name: str, way: str, num_experts: int | None) -> dict[str, Any]:
-    hidden, width, experts, top_k, tokens, share = SHAPES[shape_name]
+    hidden, width, experts, top_k, tokens = SHAPES[shape_name]
     if num_experts:
         # As many tokens for each expert as in the whole layer.
         tokens = tokens * top_k // experts * num_experts
         top_k, experts = 1, num_experts
-    problem = _problem(hidden, width, experts, top_k, tokens)
-    rank = int(share * min(hidden, width))
-    solvers: dict[str, Callable[[], SharedFactors]] = {
+    problem, unseen = _problems(hidden, width, experts, top_k, tokens)
+    kept = KEPT_SHARE * 3 * experts * width * hidden
+    rank = int(kept / (3 * experts * (hidden + width)))
+    if way == "shared-v (ours)":
+        rank = min(hidden, width, int(kept / ((2 * experts + 1) * width + (experts + 2) * hidden)))
+    if way == "latent (ours)":
+        rank = int(kept / (3 * experts * width + 2 * hidden))
+    solvers: dict[str, Callable[[], SharedFactors | LatentFactors]] = {
         "plain SVD": lambda: _naive(problem, rank, whiten=False),
-        "whitened SVD": lambda: _naive(problem, rank, whiten=True),
+        NAIVE: lambda: _naive(problem, rank, whiten=True),
         "svd (ours)": lambda: solve_weighted_svd(problem, rank, rank).factors,
         "shared-v (ours)": lambda: solve_shared_v(problem, rank, rank).factors,
+        "latent (ours)": lambda: _latent(problem, rank),
     }
+    # Libraries set themselves up on first use.
+    torch.linalg.svd(torch.eye(300))
+    torch.linalg.eigh(torch.eye(300))
     # CPU seconds: on a machine that does other work too, wall-clock time would measure that.
     start = time.process_time()
     factors = solvers[way]()
     seconds = time.process_time() - start
     peak = _peak_mib()
+    return {
+        "rank": rank,
+        "seconds": seconds,
+        "loss": _loss(problem, factors),
+        "unseen": _loss(unseen, factors),
+        "peak_mib": peak,
+    }
+
+
+def _loss(problem: LayerProblem, factors: SharedFactors | LatentFactors) -> float:
     y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
-    folded = routed_output(
+    folded_TD = routed_output(
         problem.statistics, lambda e: folded_factors(factors, e, torch.float32), silu
     )
-    return {"seconds": seconds, "loss": relative_error(y_TD, folded), "peak_mib": peak}
+    return relative_error(y_TD, folded_TD)
+
+
+def _latent(problem: LayerProblem, rank: int) -> LatentFactors:
+    """The dense output is part of the work."""
+    y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
+    return solve_latent(problem, y_TD, rank, rank).factors
 
 
 def _naive(problem: LayerProblem, rank: int, *, whiten: bool) -> SharedFactors:
@@ -128,16 +171,20 @@ def _naive(problem: LayerProblem, rank: int, *, whiten: bool) -> SharedFactors:
     )
 
 
-def _problem(hidden: int, width: int, experts: int, top_k: int, tokens: int) -> LayerProblem:
-    """Experts that share a part, and inputs whose spectrum falls like that of real layers."""
+def _problems(
+    hidden: int, width: int, experts: int, top_k: int, tokens: int
+) -> tuple[LayerProblem, LayerProblem]:
+    """Experts that share a part, and inputs whose spectrum falls like that of real layers.
+
+    The second problem has the same layer and other tokens.
+    """
     g = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(tokens, hidden, generator=g) * torch.arange(1, hidden + 1) ** -0.5
-    x_TD = x_TD @ torch.randn(hidden, hidden, generator=g) / hidden**0.5
-    top = torch.randn(tokens, experts, generator=g).topk(top_k, dim=-1)
+    mix_DD = torch.randn(hidden, hidden, generator=g) / hidden**0.5
+    falling_DD = torch.arange(1, hidden + 1)[:, None] ** -0.5 * mix_DD
     base = [torch.randn(width, hidden, generator=g) / hidden**0.5 for _ in range(2)]
     base.append(torch.randn(hidden, width, generator=g) / width**0.5)
 
-    def weights(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def weights(expert: int) -> ExpertWeights:
         own = torch.Generator().manual_seed(expert + 1)
         gate, up, down = (
             0.6 * shared + 0.8 * torch.randn(shared.shape, generator=own) / shared.shape[1] ** 0.5
@@ -146,17 +193,24 @@ def _problem(hidden: int, width: int, experts: int, top_k: int, tokens: int) -> 
         return gate, up, down
 
     stored = [weights(expert) for expert in range(experts)]
-    return LayerProblem(
-        shape=MoEShape(hidden_size=hidden, expert_width=width, num_experts=experts, top_k=top_k),
-        statistics=LayerStatistics(
-            x_TD=x_TD,
-            index_TK=top.indices,
-            gate_TK=torch.softmax(top.values, dim=-1),
-            num_experts=experts,
-        ),
-        experts=lambda expert: stored[expert],
-        activation=silu,
-    )
+
+    def problem() -> LayerProblem:
+        top = torch.randn(tokens, experts, generator=g).topk(top_k, dim=-1)
+        return LayerProblem(
+            shape=MoEShape(
+                hidden_size=hidden, expert_width=width, num_experts=experts, top_k=top_k
+            ),
+            statistics=LayerStatistics(
+                x_TD=torch.randn(tokens, hidden, generator=g) @ falling_DD,
+                index_TK=top.indices,
+                gate_TK=torch.softmax(top.values, dim=-1),
+                num_experts=experts,
+            ),
+            experts=lambda expert: stored[expert],
+            activation=silu,
+        )
+
+    return problem(), problem()
 
 
 def _peak_mib() -> int:

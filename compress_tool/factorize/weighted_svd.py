@@ -112,9 +112,7 @@ def _solve_expert(
         gate_FD, tokens, tokens.gate, gram_DD, tokens.gate_weight_F, rank_gate_up, store
     )
     up = _gate_or_up(up_FD, tokens, tokens.up, gram_DD, tokens.up_weight_F, rank_gate_up, store)
-    followed = None
-    if follow:
-        followed = _followed(problem.activation, tokens, gate, up)
+    followed = _followed(problem.activation, tokens, gate, up) if follow else None
     down = (_down_narrow if tokens.h else _down_wide)(down_DF, tokens, followed, rank_down, store)
     return gate.part, up.part, down
 
@@ -294,8 +292,7 @@ def _down_narrow(
     else:
         used = list(followed)
         gram_FF = _summed(used, used)
-        ridge = _trust(tokens, width) * gram_FF.diagonal().mean().item()
-        ridge = ridge if ridge > 0 else 1.0
+        ridge = _trust(tokens, width) * gram_FF.diagonal().mean().item() or 1.0
         gram_FF.diagonal().add_(ridge)
         cross_FF = _summed(tokens.h, used)
         cross_FF.diagonal().add_(ridge)

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from compress_tool.factorize import products
+from compress_tool.factorize import products, weighted_svd
 from compress_tool.factorize.problem import relative_error
+from compress_tool.factorize.row_weights import row_weights
 from compress_tool.factorize.shared_v import solve_shared_v
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from tests.compress_tool.factorize.problems import make_problem
@@ -56,3 +57,59 @@ def test_unrouted_experts_and_few_tokens_stay_finite():
         factors = solve_weighted_svd(problem, 6, 6).factors
         for tensor in (factors.u_gate_SFR, factors.v_down_GRF, factors.u_down_SDR):
             assert bool(torch.isfinite(tensor).all())
+
+
+@pytest.mark.parametrize("width", [20, 37])
+def test_down_is_fitted_to_the_compressed_neurons(width):
+    """At full rank it is the ridge regression of the dense output on what gate and up give."""
+    problem = make_problem(width=width, experts=1, top_k=1, tokens=900)
+    factors = solve_weighted_svd(problem, 8, min(width, 24)).factors
+    gate, up, _ = problem.experts(0)
+    x = problem.input_rows(0, gated=False).double()
+    folded_gate = factors.u_gate_SFR[0].double() @ factors.v_gate_GRD[0].double()
+    folded_up = factors.u_up_SFR[0].double() @ factors.v_up_GRD[0].double()
+    h = problem.activation(x @ gate.T.double()) * (x @ up.T.double())
+    used = problem.activation(x @ folded_gate.T) * (x @ folded_up.T)
+    gram = used.T @ used
+    ridge = width / (900 + width) * gram.diagonal().mean() * torch.eye(width)
+    expected = torch.linalg.solve(
+        gram + ridge, (used.T @ h + ridge) @ problem.experts(0)[2].T.double()
+    )
+    found = factors.u_down_SDR[0].double() @ factors.v_down_GRF[0].double()
+    assert (found - expected.T).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("followed_width", [0, 2048])
+def test_row_weights_and_following_lower_the_error(followed_width, monkeypatch):
+    monkeypatch.setattr(weighted_svd, "FOLLOWED_WIDTH", followed_width)
+    problem = make_problem(tokens=4000)
+    y = dense_output(problem)
+    errors = [
+        relative_error(
+            y,
+            output(
+                problem, solve_weighted_svd(problem, 9, 9, weigh_rows=rows, follow=follow).factors
+            ),
+        )
+        for rows, follow in ((False, False), (True, False), (True, True))
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_row_weights_are_the_first_order_change_of_the_output():
+    """A small error in one neuron's pre-activation, against the formula."""
+    problem = make_problem(experts=1, top_k=1, tokens=300)
+    gate, up, down = (weight.double() for weight in problem.experts(0))
+    x = problem.statistics.x_TD.double()
+    a, u = x @ gate.T, x @ up.T
+    y = (problem.activation(a) * u) @ down.T
+    found = row_weights(problem, 0)
+    for index, (da, du) in enumerate(((1e-5, 0.0), (0.0, 1e-5))):
+        moved = []
+        for neuron in range(gate.shape[0]):
+            step = torch.zeros(gate.shape[0], dtype=torch.float64)
+            step[neuron] = 1
+            changed = (problem.activation(a + da * step) * (u + du * step)) @ down.T
+            moved.append((changed - y).square().sum())
+        expected = torch.stack(moved) / torch.stack(moved).mean()
+        assert torch.allclose(found[index], expected.clamp(min=1e-3), rtol=1e-2)
