@@ -30,13 +30,13 @@ PlannedSpec = LayerSpec | DropSpec
 def plain_changes(
     checkpoint: Checkpoint, specs: Mapping[int, PlannedSpec]
 ) -> dict[str, int] | None:
-    """The config.json entry that describes all layers at once, or None if there is none."""
+    """The config.json entries that describe all layers at once, or None if there is none."""
     kinds = set(specs.values())
     if set(specs) != set(checkpoint.moe_layers) or len(kinds) != 1:
         return None
     (spec,) = kinds
     if isinstance(spec, DropSpec):
-        return {checkpoint.family.num_experts_key(checkpoint.config): spec.num_experts}
+        return checkpoint.family.with_num_experts(checkpoint.config, spec.num_experts)
     if isinstance(spec, NarrowSpec) and not checkpoint.family.width_is_shared:
         return {checkpoint.family.expert_width_key: spec.width}
     return None

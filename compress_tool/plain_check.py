@@ -35,9 +35,8 @@ def plain_layers(
 def changed_keys(checkpoint: Checkpoint, layers: Mapping[int, Mapping[str, Any]]) -> set[str]:
     """The config.json keys in which such a checkpoint differs from its source."""
     family = checkpoint.family
-    num_experts_key = family.num_experts_key(checkpoint.config)
-    keys = {"drop": num_experts_key, "narrow": family.expert_width_key}
-    return {keys[str(entry["form"])] for entry in layers.values()}
+    keys = {"drop": family.num_experts_keys, "narrow": (family.expert_width_key,)}
+    return {key for entry in layers.values() for key in keys[str(entry["form"])]}
 
 
 def changed_tensors(against: Checkpoint, layers: Mapping[int, Mapping[str, Any]]) -> set[str]:

@@ -28,7 +28,7 @@ def rerouted(
     """
     family = checkpoint.family
     weight_ED = router[family.router_name.format(layer=layer)]
-    changed = {family.num_experts_key(checkpoint.config): weight_ED.shape[0]}
+    changed = family.with_num_experts(checkpoint.config, weight_ED.shape[0])
     smaller = dataclasses.replace(checkpoint, config=checkpoint.config | changed)
     model = meta_model(smaller, torch.float32, torch.device("cpu"))
     module = model.get_submodule(family.fused_name(layer, family.block_prefix(layer)) + "gate")

@@ -105,6 +105,11 @@ class Family:
             raise FormatError(f"config.json: {' and '.join(present)} are not the same number")
         return present[0] if present else self.num_experts_keys[0]
 
+    def with_num_experts(self, config: Mapping[str, Any], count: int) -> dict[str, int]:
+        """The entries of this config.json that say how many experts there are, with `count`."""
+        present = [key for key in self.num_experts_keys if config.get(key) is not None]
+        return dict.fromkeys(present, count)
+
     def moe_shape(self, config: Mapping[str, Any]) -> MoEShape:
         """Read the block sizes from a config.json; raises FormatError naming the key."""
         values = {}
