@@ -127,6 +127,8 @@ def shown_layers(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for layer in sorted(report.get("layers") or (), key=lambda layer: int(layer["index"])):
         form = str(layer.get("form") or "dense")
         kept_experts = layer.get("num_experts") if form == "drop" else total
+        if layer.get("counts") == []:
+            kept_experts = None  # no routed layer, so it has no experts
         is_narrow = _less(layer.get("width"), width)
         rank = hidden if form == "latent" else smaller
         full = {"width": width, "rank_gate_up": rank, "rank_down": rank}

@@ -166,14 +166,12 @@ def _losses(report: Mapping[str, Any], layers: Layers, has_pictures: bool) -> st
             if measured is None
             else (f"; {measured:.4g} were measured on calibration text, which the refit has seen.")
         )
-    rest = (
-        ""
-        if not any(layer.get("weight_error") for layer in layers)
-        else (
-            "<p>Weights: relative error of the weights themselves, without regard to which activations "
-            "reach them; large values there are normal.</p>"
+    rest = ""
+    if any(layer.get("weight_error") for layer in layers):
+        rest = (
+            "<p>Weights: relative error of the weights themselves, without regard to which "
+            "activations reach them; large values there are normal.</p>"
         )
-    )
     return (
         heading("Predicted and measured", text)
         + image
