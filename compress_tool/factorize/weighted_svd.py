@@ -39,6 +39,8 @@ from compress_tool.factorize.shared_v import SharedSolution
 from compress_tool.factorize.whitening import DAMPING, orthonormal_rows, solve_spd
 from vllm_moesvd.format import PROJECTIONS, Projection
 
+FURTHER_DAMPING: Final = (1e-5, 1e-4, 1e-3)
+
 FOLLOWED_WIDTH: Final = 2048
 """Up to this width W̃ is solved for, F x F. Wider experts fit U alone, which has half the gain."""
 
@@ -181,13 +183,16 @@ def _ridged(gram_nn: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _cholesky(gram_nn: torch.Tensor) -> torch.Tensor:
-    root_nn: torch.Tensor
-    root_nn, info = torch.linalg.cholesky_ex(gram_nn)
-    if int(info) != 0:
-        raise NumericsError(
-            "the Gram of an expert's inputs is not positive definite; use more calibration text"
-        )
-    return root_nn
+    """Lower root; of few tokens fp32 rounding may be more than the damping, which then grows."""
+    mean = gram_nn.diagonal().mean()
+    for share in (0.0, *FURTHER_DAMPING):
+        gram_nn.diagonal().add_(share * mean)
+        root_nn, info = torch.linalg.cholesky_ex(gram_nn)
+        if int(info) == 0:
+            return torch.as_tensor(root_nn)
+    raise NumericsError(
+        "the Gram of an expert's inputs is not positive definite; use more calibration text"
+    )
 
 
 def _plain(w_mn: torch.Tensor, rank: int, store: torch.dtype) -> Truncated:
@@ -325,15 +330,11 @@ def _down_wide(
     """V for the dense neurons; U by least squares from what V makes of the compressed ones."""
     dtype, width = tokens.dtype, w_DF.shape[1]
     spectrum, vectors_DR = leading(_summed(tokens.y, tokens.y), rank, dtype)
-    exact_RF = product(vectors_DR.T.to(dtype), w_DF.T)
-    v_RF = exact_RF.to(store).to(dtype)
+    v_RF = product(vectors_DR.T.to(dtype), w_DF.T).to(store).to(dtype)
     if followed is None:
-        if not torch.equal(v_RF, exact_RF):
-            # Rounding only: the rows of V are not whitened, which is enough for so small a change.
-            cross_RD = product(v_RF, w_DF).double()
-            u_RD = solve_spd(product(v_RF, v_RF).double(), cross_RD)
-            return Truncated(u_mR=u_RD.T, v_Rn=v_RF, spectrum=spectrum)
-        return Truncated(u_mR=vectors_DR, v_Rn=v_RF, spectrum=spectrum)
+        # Of the rounding of V; V is not whitened, which is enough for so small a change.
+        u_RD = solve_spd(product(v_RF, v_RF).double(), product(v_RF, w_DF).double())
+        return Truncated(u_mR=u_RD.T, v_Rn=v_RF, spectrum=spectrum)
     size = len(w_DF)
     inner_RR = torch.zeros(rank, rank, dtype=torch.float64, device=w_DF.device)
     cross_RD = torch.zeros(rank, size, dtype=torch.float64, device=w_DF.device)

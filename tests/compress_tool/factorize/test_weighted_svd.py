@@ -113,3 +113,13 @@ def test_row_weights_are_the_first_order_change_of_the_output():
             moved.append((changed - y).square().sum())
         expected = torch.stack(moved) / torch.stack(moved).mean()
         assert torch.allclose(found[index], expected.clamp(min=1e-3), rtol=1e-2)
+
+
+def test_fewer_tokens_than_inputs_in_fp32_products(monkeypatch):
+    """Tall weights, a Gram of rank 6 out of 24 with one direction far above the others."""
+    monkeypatch.setattr(products, "PRECISE_SIZE", 0)
+    problem = make_problem(width=37, experts=1, top_k=1, tokens=6)
+    problem.statistics.x_TD[0] *= 1e4
+    factors = solve_weighted_svd(problem, 9, 9).factors
+    y = dense_output(problem)
+    assert relative_error(y, output(problem, factors)) < 0.1
