@@ -191,3 +191,12 @@ def test_three_processes_sum_the_shared_expert_once(tmp_path: Path) -> None:
             for mode in ("sharded", "replicated"):
                 actual = outputs[f"{mode}.{layer}"]
                 assert are_close(actual, expected), (layer, mode, distance(actual, expected))
+
+
+def test_a_bias_and_a_routed_scale_in_half_precision_are_refused(tmp_path: Path) -> None:
+    """In fp16 vLLM divides all but the routed output by the scale; a bias has no part in that."""
+    made = hand_made(ODD_LAYERS, exact=False, family=BY_NAME["deepseek_v2"], **SIZES["deepseek_v2"])
+    folder = made.write(tmp_path / "made")
+    harness.build_model(harness.engine_config(folder, dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"not supported in float16; use --dtype bfloat16"):
+        harness.build_model(harness.engine_config(folder, dtype="float16"))
