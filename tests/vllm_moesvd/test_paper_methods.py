@@ -16,7 +16,7 @@ from tests.vllm_moesvd import harness
 from tests.vllm_moesvd.closeness import are_close, distance
 
 SWITCHES = {
-    "k-auto": ["--method", "moe-svd", "--k", "auto"],
+    "k-auto": ["--method", "moe-svd", "--k", "auto", "--k-lambda", "0.7"],
     "merge": ["--method", "moe-svd", "--combine", "merge", "--k", "2", "--groups", "2"],
     "fisher": ["--method", "d2-moe", "--base", "fisher", "--base-prune", "0.3"],
 }
