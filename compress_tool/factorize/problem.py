@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import split
 
+from compress_tool.factorize.products import product, products
 from compress_tool.layer_stats import LayerStatistics
 from vllm_moesvd.format import MoEShape
 
@@ -67,9 +68,10 @@ def routed_output(
         for start in range(0, token_n.numel(), TOKEN_CHUNK):
             token_c = token_n[start : start + TOKEN_CHUNK]
             x_cD = statistics.x_TD[token_c].float().to(gate_FD.device)
-            h_cF = activation(x_cD @ gate_FD.T) * (x_cD @ up_FD.T)
-            y_cD = (h_cF @ down_DF.T).cpu() * gate_n[start : start + TOKEN_CHUNK].float()[:, None]
-            y_TD.index_add_(0, token_c, y_cD)
+            gate_cF, up_cF = products(x_cD, (gate_FD, up_FD))
+            y_cD = product(activation(gate_cF) * up_cF, down_DF).cpu()
+            weight_c1 = gate_n[start : start + TOKEN_CHUNK].float()[:, None]
+            y_TD.index_add_(0, token_c, y_cD * weight_c1)
     return y_TD
 
 

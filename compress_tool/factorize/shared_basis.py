@@ -39,17 +39,14 @@ class SharedBasis:
     """V (`v_RD`, in the storage dtype's values), U per member (`u_MR`), and the spectra.
 
     `spectrum_D` are the eigenvalues of the pooled problem, largest first: the sum behind the rank
-    is the predicted loss. `input_spectrum_D` are those of the pooled Gram C. `energy` is
-    Σ Tr[W G Wᵀ], `error` the loss of the returned factors, both under the shrunk Grams the solver
-    used. Factors are fp32, or fp64 where that is the storage dtype.
+    is the predicted loss. `input_spectrum_D` are those of the pooled Gram C. Factors are fp32, or
+    fp64 where that is the storage dtype.
     """
 
     v_RD: torch.Tensor
     u_MR: dict[int, torch.Tensor]
     spectrum_D: torch.Tensor
     input_spectrum_D: torch.Tensor
-    energy: float
-    error: float
 
     @property
     def predicted_loss(self) -> float:
@@ -105,20 +102,18 @@ def solve_shared_basis(
     v_RD = orthonormal_rows(vectors_DD[:, :rank].T @ pooled.inverse_root_DD)
     stored_RD = v_RD.to(store_dtype)
     result_dtype = torch.float64 if store_dtype == torch.float64 else torch.float32
-    factors: dict[int, torch.Tensor] = {}
-    energy = error = 0.0
-    for member in members:
-        refit = _refit(weight(member).to(dtype), rows(member), stored_RD.double(), pooled, member)
-        factors[member] = refit.u_mR.to(result_dtype)
-        energy += refit.energy
-        error += refit.error
+    prior = _prior(stored_RD.to(dtype), pooled)
+    factors = {
+        member: _refit(weight(member).to(dtype), rows(member), prior, pooled.weight[member]).to(
+            result_dtype
+        )
+        for member in members
+    }
     return SharedBasis(
         v_RD=stored_RD.to(result_dtype),
         u_MR=factors,
         spectrum_D=spectrum_D,
         input_spectrum_D=pooled.spectrum_D,
-        energy=energy,
-        error=error,
     )
 
 
@@ -148,39 +143,34 @@ def pool(members: Sequence[int], rows: Rows) -> Pooled:
     )
 
 
-def _shrinkage(num_rows: int, c_DD: torch.Tensor) -> float:
-    """α = D/(n + D): an expert with fewer tokens than dimensions leans on the pooled Gram."""
-    size = c_DD.shape[0]
-    return size / (num_rows + size)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Refit:
-    u_mR: torch.Tensor
-    energy: float
-    error: float
+class _Prior:
+    """What every refit against one V shares: V, C Vᵀ (as rows) and V C Vᵀ, the last in fp64."""
+
+    v_RD: torch.Tensor
+    cross_RD: torch.Tensor
+    inner_RR: torch.Tensor
+
+
+def _prior(v_RD: torch.Tensor, pooled: Pooled) -> _Prior:
+    cross_RD = product(v_RD, pooled.c_DD.to(v_RD.dtype))
+    return _Prior(v_RD=v_RD, cross_RD=cross_RD, inner_RR=product(cross_RD, v_RD).double())
 
 
 def _refit(
-    w_mD: torch.Tensor, rows_nD: torch.Tensor, v_RD: torch.Tensor, pooled: Pooled, member: int
-) -> _Refit:
-    """U = W G Vᵀ (V G Vᵀ)⁻¹ for G = (1−α) G_i + α w_i C, without forming G_i.
+    w_mD: torch.Tensor, rows_nD: torch.Tensor, prior: _Prior, member_weight: float
+) -> torch.Tensor:
+    """U = W G Vᵀ (V G Vᵀ)⁻¹ for G = (1−α) G_i + α w_i C, without forming G_i; fp64 [m, R].
 
-    w_i C has the trace of G_i: the prior changes the shape of a Gram, not its weight in the sum.
+    α = D/(n + D): an expert with fewer tokens than dimensions leans on the pooled Gram. w_i C has
+    the trace of G_i: the prior changes the shape of a Gram, not its weight in the sum.
     """
-    dtype = w_mD.dtype
-    alpha = _shrinkage(rows_nD.shape[0], pooled.c_DD)
-    scale = alpha * pooled.weight[member]
-    c_DD, v = pooled.c_DD.to(dtype), v_RD.to(dtype)
-    prior_RD = product(v, c_DD)
-    inner_RR = scale * product(prior_RD, v).double()
-    target_mR = scale * product(w_mD, prior_RD).double()
-    energy = scale * (product(w_mD, c_DD) * w_mD).sum(dtype=torch.float64).item()
+    size, dtype = w_mD.shape[1], w_mD.dtype
+    alpha = size / (rows_nD.shape[0] + size)
+    inner_RR = alpha * member_weight * prior.inner_RR
+    target_mR = alpha * member_weight * product(w_mD, prior.cross_RD).double()
     for chunk_cD in torch.split(rows_nD, CHUNK_ROWS):
-        image_cm, latent_cR = products(chunk_cD.to(dtype), (w_mD, v))
+        image_cm, latent_cR = products(chunk_cD.to(dtype), (w_mD, prior.v_RD))
         inner_RR += (1 - alpha) * inner(latent_cR, latent_cR)
         target_mR += (1 - alpha) * inner(image_cm, latent_cR)
-        energy += (1 - alpha) * image_cm.square().sum(dtype=torch.float64).item()
-    u_mR = solve_spd((inner_RR + inner_RR.T) / 2, target_mR.T).T
-    error = energy - (u_mR * target_mR).sum().item()
-    return _Refit(u_mR=u_mR, energy=energy, error=max(0.0, error))
+    return solve_spd((inner_RR + inner_RR.T) / 2, target_mR.T).T
