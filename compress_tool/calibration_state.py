@@ -111,7 +111,8 @@ class CalibrationFolder:
             changed = [key for key in keys if found.get(key) != identity.get(key)]
             raise InputError(
                 f"{file}: was written for another calibration ({', '.join(changed) or 'all'} "
-                "changed); run with the old settings, or without --resume to start again"
+                "changed; a copied checkpoint counts as changed, by its file times); run with the "
+                f"old settings, or delete {self.path} to calibrate again"
             )
         for layer in reversed(range(self.checkpoint.num_layers)):
             if self._hidden_file(layer).exists():
