@@ -111,7 +111,7 @@ class CalibrationFolder:
             changed = [key for key in keys if found.get(key) != identity.get(key)]
             raise InputError(
                 f"{file}: was written for another calibration ({', '.join(changed) or 'all'} "
-                "changed; a copied checkpoint counts as changed, by its file times); run with the "
+                "changed); a copied checkpoint counts as changed, by its file times: run with the "
                 f"old settings, or delete {self.path} to calibrate again"
             )
         for layer in reversed(range(self.checkpoint.num_layers)):
