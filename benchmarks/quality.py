@@ -45,7 +45,6 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "asvd": (),
     "svd-llm": (),
     "d2-moe": (),
-    "d2-moe, frequency base": ("--method", "d2-moe", "--base", "frequency"),
     "d2-moe, Fisher base": ("--method", "d2-moe", "--base", "fisher"),
     "moe-svd": (),
     "moe-svd, k chosen": ("--method", "moe-svd", "--k", "auto"),
@@ -80,9 +79,12 @@ def main() -> None:
             _say(_line(_key(*cell), found))
 
     if missing:
-        fill(missing[0])
+        # The calibration, by a method that needs nothing else from it.
+        missing.sort(key=lambda cell: cell == ("auto", options.ratios[0]))
+        fill(missing.pop(0))
+        missing.sort(key=lambda cell: cell != ("auto", options.ratios[0]))
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done in [pool.submit(fill, cell) for cell in missing[1:]]:
+        for done in [pool.submit(fill, cell) for cell in missing]:
             done.result()
     cells["dense"] = scorer.dense_scores
     cells["about"] = {
