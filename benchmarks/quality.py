@@ -158,7 +158,7 @@ def _cell(
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    if done.returncode == 4:
+    if done.returncode == 4 and "ratio" in done.stderr.strip().splitlines()[-1]:
         return {"refused": done.stderr.strip().splitlines()[-1]}
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")

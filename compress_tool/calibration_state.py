@@ -13,10 +13,13 @@ A layer is done when its hidden states are there, and its statistics are written
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +33,7 @@ from compress_tool.errors import InputError, ResourceError
 from compress_tool.stats_writer import StatisticsWriter
 
 IDENTITY_FILE: Final = "calibration.json"
+LOCK_FILE: Final = "lock"
 WRITE_CHUNK_BYTES: Final = 8 * 2**20
 
 
@@ -44,6 +48,24 @@ def calibration_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtyp
     per_token = shape.hidden_size * 4 + shape.top_k * (8 + 4)
     hidden = 2 * shape.hidden_size * dtype.itemsize
     return num_tokens * (len(checkpoint.moe_layers) * per_token + hidden)
+
+
+@contextmanager
+def sole_use(path: Path) -> Iterator[None]:
+    """Hold the folder of a calibration: another run that shares it waits until this one is done.
+
+    Raises ResourceError or TemporaryError, as any failing write does.
+    """
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        # A file opened for writing: NFS cannot lock a folder.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        lock = os.open(path / LOCK_FILE, flags, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +96,7 @@ class CalibrationFolder:
         """Remove what an earlier calibration left, check the disk, and say what this one is."""
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_foreign_files()
         derived = "probes-*.json", "sensitivity.json", "clusters.json", "fisher-*"
         for pattern in ("layer-*.safetensors", "hidden-*.bin", *derived, IDENTITY_FILE):
             for suffix in ("", TEMPORARY_SUFFIX):
@@ -90,6 +113,17 @@ class CalibrationFolder:
             )
         text = json.dumps(self._identity(), indent=2) + "\n"
         write_file(self.path / IDENTITY_FILE, [text.encode()])
+
+    def _refuse_foreign_files(self) -> None:
+        """A folder without a calibration's identity must be empty: nothing of others is deleted."""
+        if (self.path / IDENTITY_FILE).exists():
+            return
+        for file in sorted(self.path.iterdir()):
+            if file.name != LOCK_FILE and not file.name.endswith(TEMPORARY_SUFFIX):
+                raise InputError(
+                    f"{self.path}: holds {file.name} and no {IDENTITY_FILE}, so it is not the "
+                    "folder of a calibration; give an empty or a new one"
+                )
 
     def last_done(self) -> int | None:
         """The last layer of this very calibration whose hidden states are on disk, or None.

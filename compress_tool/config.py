@@ -109,6 +109,11 @@ class Recipe:
             raise UsageError(f"--k-lambda is {self.k_lambda:g}, expected 0 or more")
         if self.k != AUTO_K and self.k_lambda != K_LAMBDA:
             raise UsageError("--k-lambda belongs to --k auto")
+        if self.k == AUTO_K and self.whitening == "expert":
+            raise UsageError(
+                "--k auto weighs loss against stored U, --whitening expert stores every U at any "
+                "k; use --whitening top, or give k"
+            )
         if self.combine == "merge" and self.whitening == "expert":
             raise UsageError(
                 "--combine merge shares U of one V, --whitening expert gives every expert its own; "

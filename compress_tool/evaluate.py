@@ -67,6 +67,11 @@ def evaluate_all(
     and checked before anything is computed; raises the ToolError that says what is wrong.
     """
     _check_options(files, tasks, limit, num_fewshot, batch_size)
+    if dynamic_prune is not None and tasks is not None:
+        raise UsageError(
+            "--dynamic-prune chooses neurons by all tokens of a batch, and the batches of --tasks "
+            "are padded; use it with --text alone"
+        )
     checkpoint = open_checkpoint(path, allow_factored=True)
     if dynamic_prune is not None:
         checkpoint = with_dynamic_prune(checkpoint, dynamic_prune)

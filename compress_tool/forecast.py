@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,8 +13,9 @@ from compress_tool.calibration_state import CalibrationFolder
 from compress_tool.calibration_text import calibration_windows
 from compress_tool.checkpoint import Checkpoint, open_checkpoint
 from compress_tool.config import FISHER, Recipe
-from compress_tool.errors import InputError
+from compress_tool.errors import InputError, UsageError
 from compress_tool.factorize.refit import BATCH_TOKENS
+from compress_tool.paper_plan import known_measures
 from compress_tool.planning import final_plan, first_plan
 from compress_tool.probe import known_probes
 from compress_tool.promised import promised_checkpoint
@@ -72,8 +74,14 @@ def _plan_from_statistics(checkpoint: Checkpoint, recipe: Recipe, statistics: Pa
     folder = CalibrationFolder(
         checkpoint=checkpoint, ids_NS=ids_NS, path=statistics, dtype=torch.float32
     )
-    is_measured = recipe.method != "auto" or recipe.rank is not None
-    is_measured = is_measured or not set(layers) - set(known_probes(statistics, recipe))
+    measured: Mapping[int, object] = dict.fromkeys(layers)
+    if recipe.method == "auto" and recipe.rank is None:
+        measured = known_probes(statistics, recipe)
+    elif recipe.method == "moe-svd":
+        if recipe.combine == "merge":
+            raise UsageError("--combine merge finds its clusters as it runs; plan without --stats")
+        measured = known_measures(statistics)
+    is_measured = set(layers) <= set(measured)
     if folder.last_done() != checkpoint.num_layers - 1 or not is_measured:
         raise InputError(
             f"{statistics}: has no finished measurements for --method {recipe.method}; a `run` "

@@ -220,7 +220,7 @@ def _limits(report: Mapping[str, Any]) -> str:
     if missed := [f"{count} in layer {index}" for index, count in unrouted if count]:
         lines.append(
             "Experts that the calibration text never reached, so that their weights were fitted "
-            f"to other experts' activations: {', '.join(missed)}."
+            f"to no activations of their own: {', '.join(missed)}."
         )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 

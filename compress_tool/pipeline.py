@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from compress_tool.calibration import ProgressCallback, calibrate
+from compress_tool.calibration_state import sole_use
 from compress_tool.calibration_text import calibration_files, calibration_windows
 from compress_tool.checkpoint import Checkpoint, open_checkpoint, scan_finite
 from compress_tool.config import FISHER, Recipe
@@ -90,19 +91,20 @@ def run(
         _scan_once(checkpoint, folder, progress)
         directory = statistics if statistics is not None else folder.state / "statistics"
         try:
-            calibrate(
-                checkpoint,
-                windows.ids_NS,
-                directory,
-                batch_size=recipe.batch_size,
-                progress=progress,
-                resume=resume or statistics is not None,
-                device=device,
-            )
-            ids_NS = windows.ids_NS
-            if recipe.base == FISHER:
-                measure_fisher(checkpoint, ids_NS, directory, progress, device)
-            plan = final_plan(checkpoint, recipe, layers, directory, progress, ids_NS, device)
+            with sole_use(directory):
+                calibrate(
+                    checkpoint,
+                    windows.ids_NS,
+                    directory,
+                    batch_size=recipe.batch_size,
+                    progress=progress,
+                    resume=resume or statistics is not None,
+                    device=device,
+                )
+                ids_NS = windows.ids_NS
+                if recipe.base == FISHER:
+                    measure_fisher(checkpoint, ids_NS, directory, progress, device)
+                plan = final_plan(checkpoint, recipe, layers, directory, progress, ids_NS, device)
             trajectory = None
             if recipe.num_refit_steps > 0:
                 path = folder.state / TRAJECTORY_FOLDER

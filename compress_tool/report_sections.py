@@ -215,7 +215,7 @@ def _routing(layers: Layers, has_pictures: bool) -> str:
         )
     text = (
         "How often calibration routed to each expert; 1 is an even load. A cross is an expert that "
-        "was never routed to: its factors come from the activations of the other experts. "
+        "was never routed to: its factors fit no activations of its own. "
         f"Here: {never if never else 'none'}."
     )
     return (

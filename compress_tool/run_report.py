@@ -98,7 +98,8 @@ def routing_warnings(entries: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...
             shown = ", ".join(map(str, missed[:8])) + (", …" if len(missed) > 8 else "")
             lines.append(
                 f"layer {layer}: calibration never routed a token to expert {shown}; "
-                f"{'they take' if len(missed) > 1 else 'it takes'} the pooled statistics of the "
-                "other experts (more or other --calibration text reaches more experts)"
+                f"{'their' if len(missed) > 1 else 'its'} factors fit no activations of "
+                f"{'their' if len(missed) > 1 else 'its'} own (more or other --calibration text "
+                "reaches more experts)"
             )
     return tuple(lines)

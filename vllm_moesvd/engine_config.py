@@ -84,6 +84,20 @@ def unsupported_feature(vllm_config: Any) -> str | None:
     return None
 
 
+def _avoid_wrong_rotation(family: Family, vllm_config: Any) -> None:
+    """Keep vLLM's CPU operator off the interleaved rotary embedding of latent attention.
+
+    In vLLM 0.32 `rotary_embedding` with `is_neox_style=False` gives wrong queries on a CPU where
+    they have more heads than the keys; its torch code is right (docs/log.md).
+    """
+    from vllm.platforms import current_platform
+
+    operators = vllm_config.compilation_config.custom_ops
+    is_hit = family.attention == "latent" and current_platform.is_cpu()
+    if is_hit and not {"+rotary_embedding", "-rotary_embedding"} & set(operators):
+        operators.append("-rotary_embedding")
+
+
 def _factored_entry(family: Family, dense_entry: Any) -> type:
     class FactoredConfig:
         @staticmethod
@@ -98,6 +112,7 @@ def _factored_entry(family: Family, dense_entry: Any) -> type:
             if problem:
                 raise ValueError(problem)
             replicate_option(vllm_config)
+            _avoid_wrong_rotation(family, vllm_config)
             model_config = vllm_config.model_config
             if vllm_config.load_config.load_format in FOLDER_FORMATS:
                 audit_folder(model_config.model, family, model_config.hf_config)

@@ -256,6 +256,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
             "shared_expert_intermediate_size": (0, None),
             "use_sliding_window": _NO,
         },
+        implied={"shared_expert_intermediate_size": 0},
         **_QWEN_LAYERS,
     ),
     Family(
@@ -265,7 +266,12 @@ FAMILIES: Final[tuple[Family, ...]] = (
         expert_width_key="intermediate_size",
         qk_norm="full",
         free_head_dim=False,
-        accepted={"attention_bias": _NO, "clip_qkv": (None,), "norm_topk_prob": _NO},
+        accepted={
+            "attention_bias": _NO,
+            "clip_qkv": (None,),
+            "norm_topk_prob": _NO,
+            "tie_word_embeddings": _NO,
+        },
     ),
     Family(
         name="deepseek_v2",
@@ -276,11 +282,19 @@ FAMILIES: Final[tuple[Family, ...]] = (
             "attention_bias": _NO,
             "mlp_bias": _NO,
             "moe_layer_freq": (1, None),
+            "moe_router_dtype": (None,),
             "norm_topk_prob": _NO,
             "scoring_func": ("softmax", None),
+            "tie_word_embeddings": _NO,
             "topk_method": ("greedy", "group_limited_greedy", None),
         },
-        implied={"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+        implied={
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "scoring_func": "softmax",
+            "topk_group": 1,
+            "topk_method": "greedy",
+        },
         **_DEEPSEEK,
     ),
     Family(
@@ -293,12 +307,15 @@ FAMILIES: Final[tuple[Family, ...]] = (
         accepted={
             "attention_bias": _NO,
             "moe_layer_freq": (1, None),
+            "moe_router_dtype": (None,),
+            "norm_topk_prob": (True, None),
             "rope_interleave": (True, None),
             "scoring_func": ("sigmoid", None),
+            "tie_word_embeddings": _NO,
             "topk_method": ("noaux_tc", None),
         },
-        # transformers has no field for either, and drops them when it saves a model.
-        implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        # transformers has no field for the last two, and drops them when it saves a model.
+        implied={"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         **_DEEPSEEK,
     ),
 )

@@ -23,7 +23,7 @@ from typing import Final
 
 import torch
 
-from compress_tool.errors import NumericsError
+from compress_tool.factorize.moments import cholesky, completed, ridged
 from compress_tool.factorize.per_expert import Truncated, stacked_solution, truncate
 from compress_tool.factorize.problem import Activation, ExpertWeights, LayerProblem
 from compress_tool.factorize.products import (
@@ -38,8 +38,6 @@ from compress_tool.factorize.row_weights import RowWeights
 from compress_tool.factorize.shared_v import SharedSolution
 from compress_tool.factorize.whitening import DAMPING, orthonormal_rows, solve_spd
 from vllm_moesvd.format import PROJECTIONS, Projection
-
-FURTHER_DAMPING: Final = (1e-5, 1e-4, 1e-3)
 
 FOLLOWED_WIDTH: Final = 2048
 """Up to this width W̃ is solved for, F x F. Wider experts fit U alone, which has half the gain."""
@@ -162,7 +160,7 @@ def _tokens(
 def _input_gram(tokens: _Tokens) -> torch.Tensor:
     """Σ g² x xᵀ, damped, fp64 [D, D]."""
     gated = [x * scale for x, scale in zip(tokens.x, tokens.scale, strict=True)]
-    return _ridged(_summed(gated, gated), DAMPING)
+    return ridged(_summed(gated, gated), DAMPING)
 
 
 def _summed(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -173,26 +171,6 @@ def _summed(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> torc
         total = part_ab if total is None else total.add_(part_ab)
     assert total is not None, "an expert with tokens has a chunk"
     return total
-
-
-def _ridged(gram_nn: torch.Tensor, share: float) -> torch.Tensor:
-    """Plus `share` of the mean eigenvalue, in place; the identity where all is zero."""
-    mean = gram_nn.diagonal().mean().item()
-    gram_nn.diagonal().add_(share * mean if mean > 0 else 1.0)
-    return gram_nn
-
-
-def _cholesky(gram_nn: torch.Tensor) -> torch.Tensor:
-    """Lower root; of few tokens fp32 rounding may be more than the damping, which then grows."""
-    mean = gram_nn.diagonal().mean()
-    for share in (0.0, *FURTHER_DAMPING):
-        gram_nn.diagonal().add_(share * mean)
-        root_nn, info = torch.linalg.cholesky_ex(gram_nn)
-        if int(info) == 0:
-            return torch.as_tensor(root_nn)
-    raise NumericsError(
-        "the Gram of an expert's inputs is not positive definite; use more calibration text"
-    )
 
 
 def _plain(w_mn: torch.Tensor, rank: int, store: torch.dtype) -> Truncated:
@@ -217,7 +195,7 @@ def _gate_or_up(
     root_F = weight_F.sqrt()
     weighted_FD = root_F.to(dtype)[:, None] * w_FD
     if gram_DD is not None:
-        s_DD = _cholesky(gram_DD).to(dtype)
+        s_DD = cholesky(gram_DD).to(dtype)
         energy_DD = inner(weighted_FD, weighted_FD).to(dtype)
         v_RD, spectrum = _whitened_rows(energy_DD, s_DD, s_DD, rank)
         v_RD = v_RD.to(store).to(dtype)
@@ -227,7 +205,7 @@ def _gate_or_up(
         part = Truncated(u_mR=product(w_FD, fit_RD), v_Rn=v_RD, spectrum=spectrum)
         return _Compressed(part, [product(x, v_RD) for x in tokens.x])
     gated = [image * scale for image, scale in zip(images, tokens.scale, strict=True)]
-    moment_FF = _summed(gated, gated)
+    moment_FF = completed(_summed(gated, gated), w_FD, tokens.count)
     spectrum, vectors_FR = leading(root_F[:, None] * moment_FF * root_F, rank, dtype)
     exact_RD = product(vectors_FR.T.to(dtype), weighted_FD.T)
     v_RD = exact_RD.to(store).to(dtype)
@@ -292,7 +270,7 @@ def _down_narrow(
     """
     dtype, width = tokens.dtype, w_DF.shape[1]
     if followed is None:
-        gram_FF = _ridged(_summed(tokens.h, tokens.h), DAMPING)
+        gram_FF = ridged(_summed(tokens.h, tokens.h), DAMPING)
         cross_FF = gram_FF
     else:
         used = list(followed)
@@ -303,7 +281,7 @@ def _down_narrow(
         cross_FF.diagonal().add_(ridge)
     gram, cross = gram_FF.to(dtype), cross_FF.to(dtype)
     if len(w_DF) > width:
-        s_FF = _cholesky(gram_FF).to(dtype)
+        s_FF = cholesky(gram_FF).to(dtype)
         # W̃ S = W2 K S⁻ᵀ.
         b_FF = torch.linalg.solve_triangular(s_FF.T, cross, upper=True, left=False)
         v_RF, spectrum = _whitened_rows(inner(w_DF, w_DF).to(dtype), b_FF, s_FF, rank)
@@ -329,7 +307,8 @@ def _down_wide(
 ) -> Truncated:
     """V for the dense neurons; U by least squares from what V makes of the compressed ones."""
     dtype, width = tokens.dtype, w_DF.shape[1]
-    spectrum, vectors_DR = leading(_summed(tokens.y, tokens.y), rank, dtype)
+    moment_DD = completed(_summed(tokens.y, tokens.y), w_DF, tokens.count)
+    spectrum, vectors_DR = leading(moment_DD, rank, dtype)
     v_RF = product(vectors_DR.T.to(dtype), w_DF.T).to(store).to(dtype)
     if followed is None:
         # Of the rounding of V; V is not whitened, which is enough for so small a change.

@@ -11,13 +11,14 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
 
 from compress_tool.calibration import calibrate
-from compress_tool.calibration_state import calibration_bytes, statistics_file
+from compress_tool.calibration_state import calibration_bytes, sole_use, statistics_file
 from compress_tool.checkpoint import open_checkpoint
 from compress_tool.errors import InputError, NumericsError, ResourceError
 from compress_tool.layer_stats import LayerStatistics
@@ -139,6 +140,7 @@ def test_stopped_after_any_layer_and_resumed_gives_the_same_bytes(tmp_path, stop
 KILLED_SCRIPT = """
 import sys, time
 from pathlib import Path
+from threading import Event, Thread
 import torch
 from compress_tool.calibration import calibrate
 from compress_tool.checkpoint import open_checkpoint
@@ -204,6 +206,31 @@ def test_another_text_does_not_continue(tmp_path):
     run(path, tmp_path / "state", ids_of(2, 8))
     with pytest.raises(InputError, match=r"another calibration \(ids_sha256 changed\)"):
         run(path, tmp_path / "state", ids_of(2, 8, seed=1), resume=True)
+
+
+def test_nobody_elses_files_are_deleted(tmp_path):
+    path = tiny_mixtral(tmp_path / "model")
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "clusters.json").write_text("mine")
+    with pytest.raises(InputError, match=r"holds clusters.json and no calibration.json"):
+        run(path, state, ids_of(2, 8))
+    assert (state / "clusters.json").read_text() == "mine"
+
+
+def test_a_shared_folder_is_used_by_one_run_at_a_time(tmp_path):
+    entered = Event()
+
+    def enter() -> None:
+        with sole_use(tmp_path / "state"):
+            entered.set()
+
+    other = Thread(target=enter)
+    with sole_use(tmp_path / "state"):
+        other.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    other.join()
 
 
 def test_other_weights_do_not_continue(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -28,6 +29,9 @@ class FactoredModel:
         for key, value in self.family.implied.items():
             if getattr(hf_config, key, None) is None:
                 setattr(hf_config, key, value)
+        # vLLM writes into the config while it builds (DeepSeek's rope_type becomes a name that
+        # transformers does not know); the ledger asks transformers, of the config as it was.
+        given_config = copy.deepcopy(hf_config)
         with factored_layers(type(self), plan, replicate=replicate_option(vllm_config)) as built:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         built_indices = {layer.index for layer in built}
@@ -37,7 +41,7 @@ class FactoredModel:
                 f"moesvd: config.json factors layer {absent[0]}, which has no routed experts in "
                 f"{type(self).__name__}"
             )
-        self._plan, self._built, self._hf_config = plan, built, hf_config
+        self._plan, self._built, self._hf_config = plan, built, given_config
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a whole checkpoint; returns the names of the parameters that got their values.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compress_tool.factorize import products, weighted_svd
+from compress_tool.factorize.moments import completed
 from compress_tool.factorize.problem import relative_error
 from compress_tool.factorize.row_weights import row_weights
 from compress_tool.factorize.shared_v import solve_shared_v
@@ -123,3 +124,22 @@ def test_fewer_tokens_than_inputs_in_fp32_products(monkeypatch):
     factors = solve_weighted_svd(problem, 9, 9).factors
     y = dense_output(problem)
     assert relative_error(y, output(problem, factors)) < 0.1
+
+
+def test_one_token_is_not_worse_than_none() -> None:
+    """An expert with fewer tokens than the rank keeps its strongest directions beside them."""
+    g = torch.Generator().manual_seed(0)
+    width, size, rank = 24, 48, 12
+    w_FD = torch.randn(width, size, generator=g) * torch.arange(1, width + 1)[:, None] ** -1.0
+    token_nD = torch.randn(3, size, generator=g)
+    images = token_nD @ w_FD.T
+    moment_FF = (images.T @ images).double()
+    _, vectors = torch.linalg.eigh(completed(moment_FF, w_FD, 3))
+    kept_FR = vectors[:, -rank:]
+    left_FD = w_FD.double() - kept_FR @ (kept_FR.T @ w_FD.double())
+    floor = torch.linalg.svdvals(w_FD.double())[rank:].square().sum()
+    assert left_FD.square().sum() < 1.5 * floor
+    assert (left_FD @ token_nD.double().T).norm() < 1e-2 * images.norm()
+    assert completed(moment_FF, w_FD, width) is moment_FF
+    nothing = completed(torch.zeros(width, width).double(), w_FD, 1)
+    torch.testing.assert_close(nothing, (w_FD @ w_FD.T).double(), rtol=1e-5, atol=1e-5)
