@@ -13,9 +13,9 @@ from compress_tool.calibration_state import CalibrationFolder
 from compress_tool.calibration_text import calibration_windows
 from compress_tool.checkpoint import Checkpoint, open_checkpoint
 from compress_tool.config import FISHER, Recipe
-from compress_tool.errors import InputError, UsageError
+from compress_tool.errors import InputError
 from compress_tool.factorize.refit import BATCH_TOKENS
-from compress_tool.paper_plan import known_measures
+from compress_tool.paper_plan import CLUSTERS_FILE, known_measures
 from compress_tool.planning import final_plan, first_plan
 from compress_tool.probe import known_probes
 from compress_tool.promised import promised_checkpoint
@@ -78,9 +78,9 @@ def _plan_from_statistics(checkpoint: Checkpoint, recipe: Recipe, statistics: Pa
     if recipe.method == "auto" and recipe.rank is None:
         measured = known_probes(statistics, recipe)
     elif recipe.method == "moe-svd":
-        if recipe.combine == "merge":
-            raise UsageError("--combine merge finds its clusters as it runs; plan without --stats")
         measured = known_measures(statistics)
+        if recipe.combine == "merge" and not (statistics / CLUSTERS_FILE).exists():
+            measured = {}
     is_measured = set(layers) <= set(measured)
     if folder.last_done() != checkpoint.num_layers - 1 or not is_measured:
         raise InputError(

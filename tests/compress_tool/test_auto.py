@@ -13,7 +13,7 @@ from compress_tool import calibration, probe, trajectory
 from compress_tool.auto_plan import narrow_loss
 from compress_tool.checkpoint import open_checkpoint
 from compress_tool.config import Recipe
-from compress_tool.errors import InputError, UsageError
+from compress_tool.errors import InputError
 from compress_tool.forecast import forecast
 from compress_tool.pipeline import run
 from compress_tool.probe import split_sequences
@@ -93,8 +93,6 @@ def test_another_ratio_measures_nothing_again(source: Path, tmp_path: Path, monk
     paper = replace(other, method="moe-svd", refit_steps=None)
     with pytest.raises(InputError, match="no finished measurements for --method moe-svd"):
         forecast(source, paper, stats)
-    with pytest.raises(UsageError, match="plan without --stats"):
-        forecast(source, replace(paper, combine="merge"), stats)
 
 
 def test_an_uncompressed_prefix_has_no_drift(source: Path, tmp_path: Path):
