@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -51,6 +52,9 @@ class _Terminated(BaseException):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Nothing but ToolError texts reaches the user."""
     options = build_parser().parse_args(arguments)
+    # oneDNN keeps a compiled product for each of the last 1,024 shapes, and every expert has its
+    # own number of tokens: 165 MB on pocket-mixtral. It reads this at its first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         with Progress() as progress:
