@@ -130,8 +130,9 @@ def memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int
     side = max(shape.hidden_size, shape.expert_width if uses_neurons else 0)
     solver = 3 * states + 6 * 8 * side * side + 2 * 4 * layer_params + source_bytes
     if recipe.num_refit_steps > 0:
-        # Two trajectories and their difference; parameters, gradients, two moments, both results.
-        solver += 4 * states + 5 * 4 * layer_params
+        # Two trajectories, their difference, and a layer's inputs while their batches are joined;
+        # parameters, gradients, two moments, both results.
+        solver += 6 * states + 5 * 4 * layer_params
     if recipe.base == FISHER:
         # The backward pass: weights, gradients of one sequence, three sums and a square in fp64.
         base = 3 * shape.hidden_size * shape.expert_width
