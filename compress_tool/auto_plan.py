@@ -115,20 +115,18 @@ def _candidates(
     refitted: bool,
 ) -> Sequence[Candidate]:
     shape = checkpoint.shape
-    narrow_share = NARROW_REFIT_SHARE if refitted else 1.0
-    latent_share = LATENT_REFIT_SHARE if refitted else 1.0
-    widths = [*range(step, shape.expert_width, step), shape.expert_width]
     candidates = [Candidate(spec=None, params=budget.dense_layer_params, loss=0.0)]
-    for width in widths:
-        cut = narrow_share * narrow_loss(probes, shape, width)
-        specs: list[tuple[LayerSpec, float]] = []
+    for width in [*range(step, shape.expert_width, step), shape.expert_width]:
+        specs: list[LayerSpec] = []
         if width < shape.expert_width:
-            specs.append((NarrowSpec(width=width), cut))
-        for rank in probe_ranks(shape):
-            latent = LatentSpec(rank_gate_up=rank, rank_down=rank, width=width, bias=centre)
-            specs.append((latent, cut + latent_share * probes[f"latent-{rank}"]))
-        for spec, loss in specs:
+            specs.append(NarrowSpec(width=width))
+        specs += (
+            LatentSpec(rank_gate_up=rank, rank_down=rank, width=width, bias=centre)
+            for rank in probe_ranks(shape)
+        )
+        for spec in specs:
             params = spec_params(spec, shape, checkpoint.family)
             if params < budget.dense_layer_params:
+                loss = expected_kl(spec, probes, shape, refitted=refitted)
                 candidates.append(Candidate(spec=spec, params=params, loss=loss))
     return candidates

@@ -66,12 +66,7 @@ def evaluate_all(
     `run_tasks` gives, and with `against` the other model's under `against`. Everything is opened
     and checked before anything is computed; raises the ToolError that says what is wrong.
     """
-    _check_options(files, tasks, limit, num_fewshot, batch_size)
-    if dynamic_prune is not None and tasks is not None:
-        raise UsageError(
-            "--dynamic-prune chooses neurons by all tokens of a batch, and the batches of --tasks "
-            "are padded; use it with --text alone"
-        )
+    _check_options(files, tasks, limit, num_fewshot, batch_size, dynamic_prune)
     checkpoint = open_checkpoint(path, allow_factored=True)
     if dynamic_prune is not None:
         checkpoint = with_dynamic_prune(checkpoint, dynamic_prune)
@@ -181,6 +176,7 @@ def _check_options(
     limit: int | None,
     num_fewshot: int | None,
     batch_size: int,
+    dynamic_prune: float | None,
 ) -> None:
     if not files and tasks is None:
         raise UsageError("eval needs --text, --tasks or both; nothing was given to score")
@@ -191,6 +187,11 @@ def _check_options(
             raise UsageError(f"{flag} is about --tasks, and no task is named")
         if value is not None and value < least:
             raise UsageError(f"{flag} is {value}, expected at least {least}")
+    if dynamic_prune is not None and tasks is not None:
+        raise UsageError(
+            "--dynamic-prune chooses neurons by all tokens of a batch, and the batches of --tasks "
+            "are padded; use it with --text alone"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
