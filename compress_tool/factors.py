@@ -6,12 +6,13 @@ S slots. `spec` is the format's description of the same layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from vllm_moesvd.format import FactoredSpec, LatentSpec, NarrowSpec
+from vllm_moesvd.format import FactoredSpec, LatentSpec, NarrowSpec, Projection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +69,26 @@ class SharedFactors:
             base_width=0 if self.base_gate_BD is None else self.base_gate_BD.shape[0],
             form=self.form,
         )
+
+
+def shared_factors(
+    u: Mapping[Projection, torch.Tensor],
+    v: Mapping[Projection, torch.Tensor],
+    expert_slot: tuple[int, ...],
+    slot_group: tuple[int, ...],
+) -> SharedFactors:
+    """A layer of form `shared-v` from U [S, m, R] and V [G, R, n] of each projection."""
+    return SharedFactors(
+        v_gate_GRD=v["gate"],
+        v_up_GRD=v["up"],
+        v_down_GRF=v["down"],
+        u_gate_SFR=u["gate"],
+        u_up_SFR=u["up"],
+        u_down_SDR=u["down"],
+        expert_slot=expert_slot,
+        slot_group=slot_group,
+        form="shared-v",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,7 @@ from compress_tool.factorize.moe_svd import MoESVDOptions, decompose, top_expert
 from compress_tool.factorize.problem import LayerProblem
 from compress_tool.factorize.shared_v import contiguous_groups
 from compress_tool.factorize.whitening import DAMPING, GRAM_CHUNK, orthonormal_rows, solve_spd
-from compress_tool.factors import SharedFactors
+from compress_tool.factors import SharedFactors, shared_factors
 from vllm_moesvd.format import PROJECTIONS, Projection
 
 
@@ -114,17 +114,7 @@ def solve_merged(
         v[projection] = torch.stack(
             [layer.shared_v(projection, group, rank) for group in range(num_groups)]
         ).float()
-    return SharedFactors(
-        v_gate_GRD=v["gate"],
-        v_up_GRD=v["up"],
-        v_down_GRF=v["down"],
-        u_gate_SFR=u["gate"],
-        u_up_SFR=u["up"],
-        u_down_SDR=u["down"],
-        expert_slot=expert_slot,
-        slot_group=slot_group,
-        form="shared-v",
-    )
+    return shared_factors(u, v, expert_slot, slot_group)
 
 
 def average_linkage(distance_MM: torch.Tensor, number: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from compress_tool.errors import NumericsError
 from compress_tool.factorize.problem import LayerProblem
 from compress_tool.factorize.shared_v import contiguous_groups
 from compress_tool.factorize.whitening import damped, gram
-from compress_tool.factors import SharedFactors
+from compress_tool.factors import SharedFactors, shared_factors
 from vllm_moesvd.format import PROJECTIONS, Projection
 
 CHOLESKY_DAMPING: Final = 1e-4
@@ -159,17 +159,7 @@ def solve_moe_svd(
         ).float()
         v_experts = range(num_experts) if options.whitening == "expert" else top
         v[projection] = torch.stack([parts[e].shared_v_Rn for e in v_experts]).float()
-    return SharedFactors(
-        v_gate_GRD=v["gate"],
-        v_up_GRD=v["up"],
-        v_down_GRF=v["down"],
-        u_gate_SFR=u["gate"],
-        u_up_SFR=u["up"],
-        u_down_SDR=u["down"],
-        expert_slot=slots.expert_slot,
-        slot_group=slots.slot_group,
-        form="shared-v",
-    )
+    return shared_factors(u, v, slots.expert_slot, slots.slot_group)
 
 
 def decompose(
