@@ -8,7 +8,6 @@ all-reduce, like everything else. This form runs on torch operators on every dev
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -21,7 +20,7 @@ from vllm.model_executor.layers.fused_moe import (
 
 from vllm_moesvd.base_ops import base_experts
 from vllm_moesvd.layer import FactoredMoEMethod, FactoredRoutedExperts
-from vllm_moesvd.loading import load_padded_slice
+from vllm_moesvd.loading import factor_loader
 
 BASE: Final = ("base_gate", "base_up", "base_down")
 
@@ -64,8 +63,7 @@ class BaseDeltaMoEMethod(FactoredMoEMethod):
             parameter = torch.nn.Parameter(
                 torch.empty(shape, dtype=params_dtype), requires_grad=False
             )
-            parameter.weight_loader = partial(  # type: ignore[attr-defined]
-                load_padded_slice,
+            parameter.weight_loader = factor_loader(  # type: ignore[attr-defined]
                 shard_dim=int(is_down) if is_split else None,
                 tp_rank=self.moe.tp_rank,
             )

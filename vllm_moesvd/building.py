@@ -8,6 +8,7 @@ and the name is bound back when the model is built.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from types import ModuleType
 from typing import Any, Final
 
 import torch
+from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, MoERunner
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import round_up
 
 from vllm_moesvd.base_delta import BASE, BaseDeltaRoutedExperts
+from vllm_moesvd.expert_parallel import CpuLocalExperts
 from vllm_moesvd.format import PROJECTIONS, FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 from vllm_moesvd.latent import LatentOutput, latent_input
 from vllm_moesvd.layer import FACTORS, FactoredRoutedExperts
@@ -100,10 +104,11 @@ def factored_layers(
         call = signature.bind(*args, **kwargs).arguments
         index = extract_layer_index(call["prefix"])
         spec = plan.spec.layers.get(index)
-        if spec is None:
-            return FusedMoEFactory(**call)
-        _refuse_unsupported(call)
-        runner = FusedMoEFactory(**call | _arguments(spec, call, replicate))
+        with _no_adapters_on_experts():
+            if spec is None:
+                return FusedMoEFactory(**call | _dense_arguments())
+            _refuse_unsupported(call)
+            runner = FusedMoEFactory(**call | _arguments(spec, call, replicate))
         built.append(BuiltLayer(index=index, spec=spec, runner=runner))
         return runner
 
@@ -158,7 +163,8 @@ def core_shapes(layer: BuiltLayer, plan: ModelPlan) -> dict[str, tuple[int, ...]
 
 def _arguments(spec: LayerSpec, call: dict[str, Any], replicate: bool) -> dict[str, Any]:
     """The keyword arguments of the real factory that make a layer of form `spec`."""
-    tp_size = get_tensor_model_parallel_world_size()
+    # Under expert parallelism every process has all neurons of its experts.
+    tp_size = 1 if _splits_experts() else get_tensor_model_parallel_world_size()
     if isinstance(spec, FactoredSpec):
         return {
             "intermediate_size": round_up(call["intermediate_size"], tp_size),
@@ -168,14 +174,46 @@ def _arguments(spec: LayerSpec, call: dict[str, Any], replicate: bool) -> dict[s
             "routed_experts_args": {"spec": spec, "replicate": replicate},
         }
     width = round_up(spec.width, KERNEL_MULTIPLE * tp_size)
+    arguments = {"intermediate_size": width} | _dense_arguments()
     if isinstance(spec, NarrowSpec):
-        return {"intermediate_size": width}
-    return {"intermediate_size": width} | _latent_arguments(spec, call, tp_size, replicate)
+        return arguments
+    return arguments | _latent_arguments(spec, call, replicate)
 
 
-def _latent_arguments(
-    spec: LatentSpec, call: dict[str, Any], tp_size: int, replicate: bool
-) -> dict[str, Any]:
+def _splits_experts() -> bool:
+    """Whether processes have different experts, not different parts of every expert."""
+    parallel = get_current_vllm_config().parallel_config
+    processes = (
+        parallel.tensor_parallel_size
+        * parallel.data_parallel_size
+        * parallel.prefill_context_parallel_size
+    )
+    return bool(parallel.enable_expert_parallel) and processes > 1
+
+
+def _dense_arguments() -> dict[str, Any]:
+    """What experts that vLLM computes itself need beside what the model says of them."""
+    if current_platform.is_cpu() and _splits_experts():
+        return {"routed_experts_cls": CpuLocalExperts}
+    return {}
+
+
+@contextmanager
+def _no_adapters_on_experts() -> Iterator[None]:
+    """Build experts as without `--enable-lora`: adapters are for attention only, and vLLM would
+    choose kernels that add them to experts, which a CPU does not have."""
+    config = get_current_vllm_config()
+    if config.lora_config is None:
+        yield
+        return
+    without = copy.copy(config)
+    without.lora_config = None
+    with set_current_vllm_config(without):
+        yield
+
+
+def _latent_arguments(spec: LatentSpec, call: dict[str, Any], replicate: bool) -> dict[str, Any]:
+    tp_size = get_tensor_model_parallel_world_size()
     rank = round_up(max(spec.rank_gate_up, spec.rank_down), lcm(KERNEL_MULTIPLE, tp_size))
     hidden_size, prefix = call["hidden_size"], call["prefix"]
     dtype = call.get("params_dtype")

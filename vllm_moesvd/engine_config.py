@@ -13,6 +13,7 @@ from typing import Any, Final
 from vllm_moesvd.audit import audit_folder
 from vllm_moesvd.format import CONFIG_KEY, FAMILIES, Family
 from vllm_moesvd.loading import read_plan
+from vllm_moesvd.lora import limit_to_attention
 
 TRANSFORMERS_BACKENDS: Final = ("TransformersForCausalLM", "TransformersMoEForCausalLM")
 """What a dense architecture becomes with `--model-impl transformers`."""
@@ -64,16 +65,19 @@ def replicate_option(vllm_config: Any) -> bool:
 
 
 def unsupported_feature(vllm_config: Any) -> str | None:
-    """The first requested feature that factored layers have not been taught, in one line."""
+    """The first requested feature that factored layers have not been taught, in one line.
+
+    Also limits LoRA to attention, which is as much of it as they have been taught.
+    """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     load_format = vllm_config.load_config.load_format
     hidden_act = getattr(model.hf_config, "hidden_act", "silu")
     refused = {
-        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "--enable-ep-weight-filter": parallel.enable_ep_weight_filter,
         "--enable-eplb": parallel.enable_eplb,
+        "--enable-elastic-ep": parallel.enable_elastic_ep,
         "--data-parallel-size above 1": parallel.data_parallel_size > 1,
         "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
-        "--enable-lora": vllm_config.lora_config is not None,
         f"quantization ({model.quantization})": model.quantization is not None,
         f"--load-format {load_format}": load_format not in LOAD_FORMATS,
         f"hidden_act {hidden_act}": hidden_act != "silu",
@@ -81,6 +85,22 @@ def unsupported_feature(vllm_config: Any) -> str | None:
     for feature, is_requested in refused.items():
         if is_requested:
             return f"moesvd: {feature} is not supported for factored checkpoints; leave it out"
+    if vllm_config.lora_config is not None:
+        return limit_to_attention(vllm_config.lora_config)
+    return _eager_pipeline_on_cpu(vllm_config)
+
+
+def _eager_pipeline_on_cpu(vllm_config: Any) -> str | None:
+    """vLLM 0.32 makes a stage's input buffer in its warm-up, which an eager CPU engine skips."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    is_eager = vllm_config.model_config.enforce_eager
+    if parallel.pipeline_parallel_size > 1 and is_eager and current_platform.is_cpu():
+        return (
+            "moesvd: --pipeline-parallel-size above 1 with --enforce-eager does not run on a CPU "
+            "in vLLM 0.32, dense or factored; leave --enforce-eager out"
+        )
     return None
 
 

@@ -91,6 +91,11 @@ class FactoredSpec:
     def num_groups(self) -> int:
         return max(self.slot_group) + 1
 
+    @property
+    def shares_slots(self) -> bool:
+        """Whether experts share a slot, so that a token can meet it twice; slot -1 is none."""
+        return sum(slot >= 0 for slot in self.expert_slot) > self.num_slots
+
 
 LayerSpec = LatentSpec | NarrowSpec | FactoredSpec
 

@@ -77,9 +77,12 @@ class LatentOutput(torch.nn.Module):
         return partial_TD if self.bias_D is None else partial_TD + self.bias_D
 
 
-def _load_bias_once(parameter: torch.nn.Parameter, bias_D: torch.Tensor) -> None:
-    """Keep the bias in the first process only: the final all-reduce sums all of them."""
+def _load_bias_once(param: torch.nn.Parameter, bias_D: torch.Tensor) -> None:
+    """Keep the bias in the first process only: the final all-reduce sums all of them.
+
+    vLLM's weight reload binds the argument `param` anew, by this name.
+    """
     if get_tensor_model_parallel_rank() == 0:
-        parameter.data.copy_(bias_D)
+        param.data.copy_(bias_D)
     else:
-        parameter.data.zero_()
+        param.data.zero_()

@@ -13,7 +13,6 @@ whole in every process: the two inner exchanges disappear for `tp` times their m
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -33,9 +32,10 @@ from vllm.utils.math_utils import round_up
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_moesvd import kernels, ops
+from vllm_moesvd.expert_parallel import LocalRows, local_experts
 from vllm_moesvd.format import FactoredSpec
 from vllm_moesvd.kernels.slots import SlotTable, rank_slots
-from vllm_moesvd.loading import load_padded_slice
+from vllm_moesvd.loading import factor_loader
 
 FACTORS: Final = ("v_gate", "v_up", "v_down", "u_gate", "u_up", "u_down")
 SLOT_RANKS: Final = ("rank_E", "slot_S", "group_S")
@@ -49,7 +49,16 @@ class FactoredRoutedExperts(RoutedExperts):  # type: ignore[misc]
         # nn.Module.__init__ comes later, and it does not need to know about these two.
         object.__setattr__(self, "spec", spec)
         object.__setattr__(self, "replicate", replicate)
+        object.__setattr__(self, "local_rows", None)
         super().__init__(*args, **kwargs)
+
+    def update_expert_map_info(self) -> None:
+        """Under expert parallelism `spec` becomes that of the experts of this process."""
+        super().update_expert_map_info()
+        if self._expert_map is not None:
+            spec, rows = local_experts(self.spec, self._expert_map.tolist())
+            object.__setattr__(self, "spec", spec)
+            object.__setattr__(self, "local_rows", rows)
 
     def _get_quant_method(
         self, prefix: str, quant_config: object, moe_config: FusedMoEConfig
@@ -63,6 +72,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def __init__(self, moe: FusedMoEConfig, spec: FactoredSpec, replicate: bool) -> None:
         super().__init__(moe)
         self.spec = spec
+        self.is_warm = False
         self.is_sharded = moe.tp_size > 1 and not replicate
         self.max_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
 
@@ -100,8 +110,11 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             parameter = torch.nn.Parameter(
                 torch.empty(shape, dtype=params_dtype), requires_grad=False
             )
-            parameter.weight_loader = partial(  # type: ignore[attr-defined]
-                load_padded_slice, shard_dim=shard_dim, tp_rank=self.moe.tp_rank
+            rows: LocalRows | None = layer.local_rows
+            parameter.weight_loader = factor_loader(  # type: ignore[attr-defined]
+                shard_dim=shard_dim,
+                tp_rank=self.moe.tp_rank,
+                rows=None if rows is None else rows.of(name),
             )
             layer.register_parameter(name, parameter)
         slot_E = torch.tensor(spec.expert_slot, dtype=torch.int64)
@@ -112,9 +125,13 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             layer.register_buffer(name, tensor, persistent=False)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Compile every kernel that serving can need: compiling while serving stalls requests."""
-        if not self._runs_kernels(layer.v_gate):
+        """Compile every kernel that serving can need: compiling while serving stalls requests.
+
+        Once: when weights are reloaded the layer's tables are not filled at this point.
+        """
+        if self.is_warm or not self._runs_kernels(layer.v_gate):
             return
+        self.is_warm = True
         from vllm_moesvd.kernels.forward import warm_up_batches
 
         for tokens in reversed(warm_up_batches(self.max_tokens)):
@@ -148,7 +165,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot and gate of every routed row; one that a token meets twice is computed once."""
         slot_TK, gate_TK = layer.expert_slot[ids_TK], weights_TK
-        if self.spec.num_slots < len(self.spec.expert_slot):
+        if self.spec.shares_slots:
             slot_TK, gate_TK = ops.merge_slots(slot_TK, gate_TK)
         return slot_TK, gate_TK
 
@@ -201,7 +218,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             ),
             SlotTable(
                 **{name: getattr(layer, name) for name in SLOT_RANKS},
-                merges=self.spec.num_slots < len(self.spec.expert_slot),
+                merges=self.spec.shares_slots,
                 num_groups=self.spec.num_groups,
             ),
             tile_table(device_arch(x_TD.device.index), x_TD.element_size()),

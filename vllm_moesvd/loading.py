@@ -8,7 +8,7 @@ parts included, goes through a `Ledger`: it must arrive exactly once and with th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -198,6 +198,23 @@ def pad_to(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     for size, target in zip(reversed(tensor.shape), reversed(shape), strict=True):
         widths += [0, target - size]
     return pad(tensor, widths)
+
+
+def factor_loader(
+    *, shard_dim: int | None, tp_rank: int, rows: tuple[int, ...] | None = None
+) -> Callable[[torch.nn.Parameter, torch.Tensor], None]:
+    """A weight loader for a factor of which this process holds a part; `rows` None means all.
+
+    vLLM's weight reload asks loaders for their `__name__` and binds their `param` anew, so it is
+    neither a partial nor are its arguments named otherwise.
+    """
+
+    def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        if rows is not None:
+            loaded_weight = loaded_weight[list(rows)]
+        load_padded_slice(param, loaded_weight, shard_dim=shard_dim, tp_rank=tp_rank)
+
+    return load
 
 
 def load_padded_slice(

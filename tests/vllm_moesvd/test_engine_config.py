@@ -91,8 +91,11 @@ def test_a_broken_entry_in_the_config_is_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"enable_lora": True}, "--enable-lora is not supported"),
-        ({"enable_expert_parallel": True}, "--enable-expert-parallel is not supported"),
+        ({"enable_ep_weight_filter": True}, "--enable-ep-weight-filter is not supported"),
+        ({"data_parallel_size": 2}, "--data-parallel-size above 1 is not supported"),
+        ({"enable_lora": True, "lora_target_modules": ["qkv_proj", "experts"]}, "modules experts"),
+        ({"enable_lora": True, "enable_moe_shared_loras": True}, "--enable-moe-shared-loras"),
+        ({"pipeline_parallel_size": 2}, "leave --enforce-eager out"),
         ({"load_format": "pt"}, "--load-format pt is not supported"),
         ({"load_format": "sharded_state"}, "--load-format sharded_state is not supported"),
         ({"quantization": "fp8", "dtype": "bfloat16"}, r"quantization \(fp8"),

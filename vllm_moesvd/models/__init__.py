@@ -28,10 +28,11 @@ def _model_class(family: Family) -> type:
     base = ModelRegistry.models[family.architecture].load_model_cls()
     problem = version_problem(vllm.__version__)
     if problem is None:
+        from vllm_moesvd.lora import refuse_other_adapters
         from vllm_moesvd.models.adapter import FactoredModel
 
         bases: tuple[type, ...] = (FactoredModel, base)
-        members: dict[str, Any] = {"family": family}
+        members = {"family": family} | refuse_other_adapters(base)
     else:
         bases, members = (base,), {"__init__": _refusal(problem)}
     return type(family.factored_architecture, bases, members | {"__module__": __name__})

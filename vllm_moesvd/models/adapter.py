@@ -60,10 +60,12 @@ class FactoredModel:
             for layer in self._built
             for name, shape in core_shapes(layer, self._plan).items()
         }
+        # By name, and before loading: a weight reload replaces the parameters while it loads.
+        factors = {id(target.parameter) for target in targets.values()}
+        named = self.named_parameters()  # type: ignore[attr-defined]
+        filled = {name for name, parameter in named if id(parameter) in factors}
         loaded: set[str] = super().load_weights(  # type: ignore[misc]
             route_tensors(weights, ledger, targets, cores)
         )
         ledger.close()
-        factors = {id(target.parameter) for target in targets.values()}
-        named = self.named_parameters()  # type: ignore[attr-defined]
-        return loaded | {name for name, parameter in named if id(parameter) in factors}
+        return loaded | filled
