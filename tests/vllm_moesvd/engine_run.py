@@ -47,17 +47,19 @@ def run_engines(
     paths: list[Path],
     *,
     tp_size: int = 1,
+    pp_size: int = 1,
     eager: bool = True,
     options: dict[str, Any] | None = None,
 ) -> list[list[Completion]]:
     """Completions of `PROMPTS` by each checkpoint, one engine after the other."""
     command = [sys.executable, "-m", "tests.vllm_moesvd.engine_run", *map(str, paths)]
-    command += ["--tp-size", str(tp_size), "--options", json.dumps(options or {})]
+    options = {"pipeline_parallel_size": pp_size} | (options or {})
+    command += ["--tp-size", str(tp_size), "--options", json.dumps(options)]
     command += ["--eager"] if eager else []
     environment = os.environ | ENGINE_ENVIRONMENT
-    if tp_size > 1:
+    if tp_size * pp_size > 1:
         # vLLM's automatic binding wants a NUMA node per process.
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp_size)))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp_size * pp_size)))
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420
     )
@@ -83,24 +85,23 @@ def generate(path: str, *, tp_size: int, eager: bool, options: dict[str, Any]) -
         **options,
     )
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
-    completions = []
-    for request in engine.generate(list(PROMPTS), sampling, use_tqdm=False):
-        output = request.outputs[0]
-        ranked = [sorted(p.logprob for p in step.values()) for step in output.logprobs]
-        completions.append(
-            {
-                "tokens": list(output.token_ids),
-                "logprobs": [
-                    step[token].logprob
-                    for step, token in zip(output.logprobs, output.token_ids, strict=True)
-                ],
-                "margins": [values[-1] - values[-2] for values in ranked],
-            }
-        )
+    requests = engine.generate(list(PROMPTS), sampling, use_tqdm=False)
+    completions = [completion(request.outputs[0]) for request in requests]
     del engine
     gc.collect()
     cleanup_dist_env_and_memory()
     return completions
+
+
+def completion(output: Any) -> dict[str, Any]:
+    """One output of vLLM, generated with `logprobs=2`, as the fields of a Completion."""
+    ranked = [sorted(p.logprob for p in step.values()) for step in output.logprobs]
+    steps = zip(output.logprobs, output.token_ids, strict=True)
+    return {
+        "tokens": list(output.token_ids),
+        "logprobs": [step[token].logprob for step, token in steps],
+        "margins": [values[-1] - values[-2] for values in ranked],
+    }
 
 
 def main() -> None:

@@ -61,6 +61,17 @@ ODD_LAYERS: dict[int, LayerSpec] = {
         form="svd",
     ),
 }
+ALL_FORMS = ODD_LAYERS | {
+    0: FactoredSpec(
+        rank_gate_up=9,
+        rank_down=11,
+        expert_slot=(0, 2, 1, 2),
+        slot_group=(0, 1, 0),
+        base_width=37,
+        form="base-delta",
+    )
+}
+"""No layer is dense; the base is narrower than the experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +161,10 @@ def fold(
             factors[f"moesvd.u_{p}"][slot].double() @ factors[f"moesvd.v_{p}"][group].double()
             for p in ("gate", "up", "down")
         ]
+        if spec.base_width:
+            products[0][: spec.base_width] += factors["moesvd.base_gate"].double()
+            products[1][: spec.base_width] += factors["moesvd.base_up"].double()
+            products[2][:, : spec.base_width] += factors["moesvd.base_down"].double()
     else:
         names = [family.projection_name(projection) for projection in PROJECTIONS]
         products = [factors[f"{expert}.{name}.weight"].double() for name in names]

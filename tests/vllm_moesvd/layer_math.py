@@ -58,6 +58,9 @@ def layer_output(
             u_down_SDQ=factors["u_down"],
             expert_slot=spec.expert_slot,
             slot_group=spec.slot_group,
+            base_gate_BD=factors.get("base_gate"),
+            base_up_BD=factors.get("base_up"),
+            base_down_DB=factors.get("base_down"),
         )
     if not isinstance(spec, LatentSpec):
         return dense_layer(made.tensors, layer, x_TD, index_TK, gate_TK)

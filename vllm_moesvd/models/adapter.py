@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.platforms import current_platform
 
 from vllm_moesvd.building import core_shapes, destinations, factored_layers
 from vllm_moesvd.engine_config import replicate_option
@@ -44,11 +46,14 @@ class FactoredModel:
         self._plan, self._built, self._hf_config = plan, built, given_config
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a whole checkpoint; returns the names of the parameters that got their values.
+        """Load a whole checkpoint, the first or another of the same sizes (vLLM's weight reload).
 
+        Returns the names of the parameters that got their values.
         Raises LoadingError unless each tensor of the checkpoint arrives exactly once, so a
         checkpoint cannot be loaded in parts.
         """
+        if current_platform.is_cpu():
+            _forget_kernels(self)
         ledger = open_ledger(self._plan, self._hf_config)
         targets = {
             name: target
@@ -69,3 +74,14 @@ class FactoredModel:
         )
         ledger.close()
         return loaded | filled
+
+
+def _forget_kernels(model: Any) -> None:
+    """Let vLLM pack the weights of its own experts again.
+
+    For a CPU vLLM 0.32 packs them where it builds their kernel, which it does not when weights are
+    reloaded: its dense Mixtral then computes with unpacked weights, and says nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.quant_method.moe_kernel = None
