@@ -1,6 +1,6 @@
 """Bytes and operations of a factored layer, kernel by kernel, beside the minimum and dense.
 
-    python -m benchmarks.roofline [--removed 0.4] [--details]
+    python -m benchmarks.roofline [--removed 0.4] [--form shared-v] [--sharding split] [--details]
 
 Counted, not measured: nothing here has run on a GPU. Every time is a lower bound on an H100 SXM
 (the larger of bytes over bandwidth and operations over peak), without launch latency; `launches`
@@ -14,8 +14,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
+from benchmarks.moe_layers import (
+    FORMS,
+    MODELS,
+    SHARDINGS,
+    Form,
+    Model,
+    Sharding,
+    layer,
+    weight_numbers,
+)
+from vllm_moesvd.kernels.plan import plan_launches
 from vllm_moesvd.kernels.tiles import TileTable, tile_table
 
 ELEMENT: Final = 2
@@ -27,38 +39,6 @@ LINK_BYTES_PER_SECOND: Final = 450e9
 """NVLink 4, one direction."""
 BATCHES: Final = (1, 8, 64, 512, 4096)
 TP_SIZES: Final = (1, 8)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
-    """The routed experts of one layer, from the model's config.json."""
-
-    name: str
-    hidden_size: int
-    expert_width: int
-    num_experts: int
-    top_k: int
-
-    def ranks(self, removed: float) -> tuple[int, int]:
-        """Ranks of form `shared-v` with one group: the same share of `D` and of `F`.
-
-        `removed` is the share of the routed experts' parameters; ranks are multiples of 64.
-        """
-        d, f, e = self.hidden_size, self.expert_width, self.num_experts
-        share = (1 - removed) * 3 * e * d * f / (2 * d * d + f * f + 3 * e * d * f)
-        return int(share * d) // 64 * 64, int(share * f) // 64 * 64
-
-    def used_experts(self, tokens: int) -> float:
-        """How many experts a batch uses if routing is uniform; exact for one token."""
-        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
-
-
-MODELS: Final = (
-    Model(name="Mixtral-8x7B", hidden_size=4096, expert_width=14336, num_experts=8, top_k=2),
-    Model(name="Phi-3.5-MoE", hidden_size=4096, expert_width=6400, num_experts=16, top_k=2),
-    Model(name="DeepSeek-V3", hidden_size=7168, expert_width=2048, num_experts=256, top_k=8),
-    Model(name="Qwen3-30B-A3B", hidden_size=2048, expert_width=768, num_experts=128, top_k=8),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,39 +60,68 @@ class Term:
 
 
 def factored_terms(
-    model: Model, *, removed: float, tokens: int, tp_size: int, table: TileTable
+    model: Model,
+    *,
+    removed: float,
+    tokens: int,
+    tp_size: int,
+    table: TileTable,
+    form: Form = "shared-v",
+    sharding: Sharding = "split",
 ) -> list[Term]:
-    """The kernels of `vllm_moesvd.kernels.forward` for form `shared-v`, one group, own slots."""
-    d, f, t = model.hidden_size, -(-model.expert_width // tp_size), tokens
-    big_r, big_q = model.ranks(removed)
-    r, q = -(-big_r // tp_size), -(-big_q // tp_size)
-    n, used = t * model.top_k, model.used_experts(t)
-    terms = [
-        Term(name="align", num_bytes=4.0 * (2 * n + 4 * n), launches=_align_launches(model, t))
-    ]
-    terms += _split_linear("V gate, V up", rows=t, columns=r, halves=2, depth=d, table=table)
-    if tp_size > 1:
-        sent = ELEMENT * t * 2 * r * (tp_size - 1)
+    """The kernels of `vllm_moesvd.kernels.forward`; every expert has its own slot."""
+    part = layer(model, form, removed=removed, tokens=tokens, tp_size=tp_size, sharding=sharding)
+    sizes, big_r, big_q, tp = part.sizes, part.big_r, part.big_q, part.inner_tp
+    plan = plan_launches(sizes, table)
+    d, f, r, b, t = sizes.hidden, sizes.width, sizes.r, sizes.base_width, tokens
+    q, n, used, groups = -(-big_q // tp), part.pairs, part.used, part.used_groups
+    z_rows = t if sizes.num_groups == 1 else n
+    joined = b if sizes.num_groups == 1 else 0
+    index_bytes = 4.0 * 6 * sizes.num_pairs
+    terms = [Term(name="align", num_bytes=index_bytes, launches=_align_launches(model, t))]
+    terms += _split_linear(
+        "V gate, V up" + (", base" if joined else ""),
+        rows=z_rows,
+        columns=2 * (r + joined),
+        depth=d,
+        weights=(groups * 2 * r + 2 * joined) * d,
+        parts=plan.z_parts,
+    )
+    if b and not joined:
+        terms += _split_linear(
+            "base gate, base up", rows=t, columns=2 * b, depth=d, weights=2 * b * d,
+            parts=plan.base_parts,
+        )  # fmt: skip
+    if tp > 1:
+        sent = ELEMENT * z_rows * 2 * r * (tp - 1)
         terms.append(Term(name="all-gather z", num_bytes=sent, is_exchange=True))
     terms.append(
         Term(
             name="U gate, U up, silu",
-            num_bytes=ELEMENT * (used * 2 * f * big_r + t * 2 * big_r + n * f),
+            num_bytes=ELEMENT * (used * 2 * f * big_r + z_rows * 2 * big_r + t * 2 * b + n * f),
             flops=4 * n * f * big_r,
         )
     )
-    terms += _split_linear("V down", rows=n, columns=big_q, halves=1, depth=f, table=table)
-    if tp_size > 1:
-        sent = ELEMENT * n * q * (tp_size - 1)
+    terms += _split_linear(
+        "V down", rows=n, columns=big_q, depth=f, weights=groups * big_q * f, parts=plan.w_parts
+    )
+    if b:
+        terms.append(Term(name="neurons of the base", num_bytes=ELEMENT * (n + t) * b, flops=n * b))
+    if tp > 1:
+        sent = ELEMENT * n * q * (tp - 1)
         terms.append(Term(name="reduce-scatter w", num_bytes=sent, is_exchange=True))
     terms.append(
         Term(
-            name="U down, weights",
-            num_bytes=ELEMENT * (used * d * q + n * q + n * d),
-            flops=2 * n * d * q,
+            name="U down, weights" + (", base" if b else ""),
+            num_bytes=ELEMENT * (used * d * q + n * q + n * d + b * d + (t * (b + d) if b else 0)),
+            flops=2 * n * d * q + 2 * t * d * b,
+            launches=2 if b and not plan.joins_base_down else 1,
         )
     )
-    terms.append(Term(name="sum over choices", num_bytes=ELEMENT * (n * d + t * d), flops=n * d))
+    rows = n + (t if b else 0)
+    terms.append(
+        Term(name="sum over choices", num_bytes=ELEMENT * (rows * d + t * d), flops=rows * d)
+    )
     return terms + _all_reduce(model, tokens, tp_size)
 
 
@@ -138,14 +147,33 @@ def dense_terms(model: Model, *, tokens: int, tp_size: int) -> list[Term]:
     ]
 
 
-def minimum_bytes(model: Model, *, removed: float, tokens: int, tp_size: int) -> float:
+def minimum_bytes(
+    model: Model,
+    *,
+    removed: float,
+    tokens: int,
+    tp_size: int,
+    form: Form = "shared-v",
+    sharding: Sharding = "split",
+) -> float:
     """Every factor that is used read once, x read once, y written once; nothing in between."""
-    d, f = model.hidden_size, -(-model.expert_width // tp_size)
-    big_r, big_q = model.ranks(removed)
-    r, q = -(-big_r // tp_size), -(-big_q // tp_size)
-    shared = 2 * r * d + big_q * f
-    per_slot = 2 * f * big_r + d * q
-    return ELEMENT * (shared + model.used_experts(tokens) * per_slot + 2 * tokens * d)
+    part = layer(model, form, removed=removed, tokens=tokens, tp_size=tp_size, sharding=sharding)
+    numbers = weight_numbers(part, used=part.used, used_groups=part.used_groups)
+    return ELEMENT * (numbers + 2 * tokens * model.hidden_size)
+
+
+def stored_bytes(
+    model: Model, *, removed: float, tp_size: int, form: Form, sharding: Sharding
+) -> float:
+    """The factors of one layer in one process."""
+    part = layer(model, form, removed=removed, tokens=1, tp_size=tp_size, sharding=sharding)
+    slots, groups = part.sizes.num_slots, part.sizes.num_groups
+    return ELEMENT * weight_numbers(part, used=slots, used_groups=groups)
+
+
+def seconds(terms: Sequence[Term]) -> float:
+    """Lower bound of a layer's time: its terms one after the other."""
+    return sum(term.seconds for term in terms)
 
 
 def local_bytes(terms: Sequence[Term]) -> float:
@@ -154,14 +182,11 @@ def local_bytes(terms: Sequence[Term]) -> float:
 
 
 def _split_linear(
-    name: str, *, rows: int, columns: int, halves: int, depth: int, table: TileTable
+    name: str, *, rows: float, columns: int, depth: int, weights: float, parts: int
 ) -> list[Term]:
-    """A product with the same matrices for all rows, split over the depth as the launcher does."""
-    bucket = table.bucket(rows, 1)
-    programs = -(-rows // bucket.block_m) * halves * -(-columns // bucket.linear.block_n)
-    parts = table.split(programs, depth, bucket.linear.block_k)
-    numbers = rows * halves * columns
-    read = ELEMENT * (halves * columns * depth + rows * depth)
+    """A product of `rows` with `columns`, its depth split as the launcher does."""
+    numbers = rows * columns
+    read = ELEMENT * (weights + rows * depth)
     flops = 2 * numbers * depth
     if parts == 1:
         return [Term(name=name, num_bytes=read + ELEMENT * numbers, flops=flops)]
@@ -187,56 +212,81 @@ def _align_launches(model: Model, tokens: int) -> int:
     return 1 if tokens * padded <= 128 else 3
 
 
-def summary(removed: float, table: TileTable) -> list[str]:
+def summary(removed: float, table: TileTable, form: Form, sharding: Sharding) -> list[str]:
     """One line of a Markdown table for each model, TP size and number of tokens."""
     lines = [
         "| model | TP | T | MB | min MB | over min | dense MB | GFLOP | dense GFLOP "
         "| µs ≥ | dense µs ≥ | speed-up ≤ | launches | dense |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for model in MODELS:
-        for tp_size in TP_SIZES:
-            for tokens in BATCHES:
-                ours = factored_terms(
-                    model, removed=removed, tokens=tokens, tp_size=tp_size, table=table
-                )
-                dense = dense_terms(model, tokens=tokens, tp_size=tp_size)
-                least = minimum_bytes(model, removed=removed, tokens=tokens, tp_size=tp_size)
-                seconds, dense_seconds = (sum(t.seconds for t in ts) for ts in (ours, dense))
-                cells = (
-                    model.name,
-                    tp_size,
-                    tokens,
-                    f"{local_bytes(ours) / 1e6:.1f}",
-                    f"{least / 1e6:.1f}",
-                    f"{local_bytes(ours) / least:.3f}",
-                    f"{local_bytes(dense) / 1e6:.1f}",
-                    f"{sum(t.flops for t in ours) / 1e9:.2f}",
-                    f"{sum(t.flops for t in dense) / 1e9:.2f}",
-                    f"{seconds * 1e6:.1f}",
-                    f"{dense_seconds * 1e6:.1f}",
-                    f"{dense_seconds / seconds:.2f}",
-                    sum(t.launches for t in ours),
-                    sum(t.launches for t in dense),
-                )
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for model, tp_size, tokens in product(MODELS, TP_SIZES, BATCHES):
+        ours = factored_terms(
+            model, removed=removed, tokens=tokens, tp_size=tp_size, table=table, form=form,
+            sharding=sharding,
+        )  # fmt: skip
+        dense = dense_terms(model, tokens=tokens, tp_size=tp_size)
+        least = minimum_bytes(
+            model, removed=removed, tokens=tokens, tp_size=tp_size, form=form, sharding=sharding
+        )
+        cells = (
+            model.name,
+            tp_size,
+            tokens,
+            f"{local_bytes(ours) / 1e6:.1f}",
+            f"{least / 1e6:.1f}",
+            f"{local_bytes(ours) / least:.3f}",
+            f"{local_bytes(dense) / 1e6:.1f}",
+            f"{sum(t.flops for t in ours) / 1e9:.2f}",
+            f"{sum(t.flops for t in dense) / 1e9:.2f}",
+            f"{seconds(ours) * 1e6:.1f}",
+            f"{seconds(dense) * 1e6:.1f}",
+            f"{seconds(dense) / seconds(ours):.2f}",
+            sum(t.launches for t in ours),
+            sum(t.launches for t in dense),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 
-def details(removed: float, table: TileTable) -> list[str]:
+def shardings(removed: float, table: TileTable, tp_size: int = 8) -> list[str]:
+    """The three ways to share a layer: memory of a process, and time over dense."""
+    lines = [
+        f"| model | form | sharding over {tp_size} | MB stored, over dense "
+        "| time over dense, T = 1 | 64 | 512 | 4096 | exchanges |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, form, sharding in product(MODELS, FORMS, SHARDINGS):
+        stored = stored_bytes(model, removed=removed, tp_size=tp_size, form=form, sharding=sharding)
+        dense_stored = ELEMENT * model.dense_numbers / tp_size
+        ratios, exchanges = [], 0
+        for tokens in (1, 64, 512, 4096):
+            ours = factored_terms(
+                model, removed=removed, tokens=tokens, tp_size=tp_size, table=table, form=form,
+                sharding=sharding,
+            )  # fmt: skip
+            dense = dense_terms(model, tokens=tokens, tp_size=tp_size)
+            ratios.append(f"{seconds(ours) / seconds(dense):.2f}")
+            exchanges = sum(term.is_exchange for term in ours)
+        share = f"{stored / dense_stored:.2f}"
+        lines.append(
+            f"| {' | '.join([model.name, form, sharding, share, *ratios])} | {exchanges} |"
+        )
+    return lines
+
+
+def details(removed: float, table: TileTable, form: Form, sharding: Sharding) -> list[str]:
     """One line for each term of each layer."""
     lines = ["| model | TP | T | term | MB | GFLOP | µs ≥ |", "|---|---|---|---|---|---|---|"]
-    for model in MODELS:
-        for tp_size in TP_SIZES:
-            for tokens in BATCHES:
-                for term in factored_terms(
-                    model, removed=removed, tokens=tokens, tp_size=tp_size, table=table
-                ):
-                    lines.append(
-                        f"| {model.name} | {tp_size} | {tokens} | {term.name} "
-                        f"| {term.num_bytes / 1e6:.2f} | {term.flops / 1e9:.2f} "
-                        f"| {term.seconds * 1e6:.2f} |"
-                    )
+    for model, tp_size, tokens in product(MODELS, TP_SIZES, BATCHES):
+        for term in factored_terms(
+            model, removed=removed, tokens=tokens, tp_size=tp_size, table=table, form=form,
+            sharding=sharding,
+        ):  # fmt: skip
+            lines.append(
+                f"| {model.name} | {tp_size} | {tokens} | {term.name} "
+                f"| {term.num_bytes / 1e6:.2f} | {term.flops / 1e9:.2f} "
+                f"| {term.seconds * 1e6:.2f} |"
+            )
     return lines
 
 
@@ -245,10 +295,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--removed", type=float, default=0.4, help="share of the experts removed")
+    parser.add_argument("--form", choices=FORMS, default="shared-v")
+    parser.add_argument("--sharding", choices=SHARDINGS, default="split")
     parser.add_argument("--details", action="store_true", help="every kernel on a line of its own")
+    parser.add_argument("--shardings", action="store_true", help="the three shardings over 8")
     arguments = parser.parse_args()
     table = tile_table("sm_90", ELEMENT)
-    lines = (details if arguments.details else summary)(arguments.removed, table)
+    if arguments.shardings:
+        lines = shardings(arguments.removed, table)
+    else:
+        write = details if arguments.details else summary
+        lines = write(arguments.removed, table, arguments.form, arguments.sharding)
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -2,7 +2,8 @@
 
 Both products of a tile live in registers until the activation is applied, so gate and up
 themselves never reach memory. `z` has one row per token if all slots share one V group, otherwise
-one per sorted position; `h` has one row per sorted position.
+one per sorted position; `h` has one row per sorted position. What a base contributes to gate and
+up is the same for all slots, so it is added here from one row per token.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def _gate_up_work(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, A
     num_bytes = z.element_size() * (
         2 * min(rows, u.shape[0]) * width * rank + 2 * z.shape[0] * rank + rows * width
     )
+    if args["BASE"]:
+        num_bytes += args["base_ptr"].nbytes
     name = f"{metadata.name} [M = {rows}, N = 2 x {width}, K = {rank}]"
     return launching.work(name, 4 * rows * width * rank, num_bytes)
 
@@ -37,7 +40,8 @@ def gate_up_kernel(
     u_gate_ptr,  # (S, F, R)
     u_up_ptr,  # (S, F, R)
     h_ptr,  # (N, F)
-    pair_ptr,  # (N,) int32, read if TOKENS
+    base_ptr,  # (T, 2, B): gate, up, read if BASE
+    pair_ptr,  # (N,) int32, read if TOKENS or BASE
     blocks_ptr,  # (3, B) int32
     num_blocks_ptr,  # (1,) int32
     num_rows,
@@ -50,7 +54,9 @@ def gate_up_kernel(
     stride_slot,
     stride_u,
     stride_h,
+    base_width,
     TOKENS: tl.constexpr,
+    BASE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,8 +72,11 @@ def gate_up_kernel(
     position = tl.load(blocks_ptr + num_row_blocks + block) + m
     is_row = m < tl.load(blocks_ptr + 2 * num_row_blocks + block)
     row = position
+    token = position
+    if TOKENS or BASE:
+        token = tl.load(pair_ptr + position, mask=is_row, other=0) // top_k
     if TOKENS:
-        row = tl.load(pair_ptr + position, mask=is_row, other=0) // top_k
+        row = token
     n = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     z_tile = z_ptr + row.to(tl.int64)[:, None] * stride_z + k[None, :]
@@ -87,6 +96,11 @@ def gate_up_kernel(
             z_up, u_up = z_up.to(tl.float32), u_up.to(tl.float32)
         gate = tl.dot(z_gate, u_gate, gate, input_precision="ieee")
         up = tl.dot(z_up, u_up, up, input_precision="ieee")
+    if BASE:
+        base = base_ptr + token.to(tl.int64)[:, None] * (2 * base_width) + n[None, :]
+        base_mask = is_row[:, None] & (n < tl.minimum(base_width, width))[None, :]
+        gate += tl.load(base, mask=base_mask, other=0.0).to(tl.float32)
+        up += tl.load(base + base_width, mask=base_mask, other=0.0).to(tl.float32)
     h = gate / (1.0 + tl.exp(-gate)) * up
     out = h_ptr + position.to(tl.int64)[:, None] * stride_h + n[None, :]
     mask = is_row[:, None] & (n < width)[None, :]
@@ -103,8 +117,12 @@ def gate_up(
     tile: Tile,
     top_k: int,
     from_tokens: bool,
+    base_T2B: torch.Tensor | None = None,
 ) -> None:
-    """Launch `gate_up_kernel`; rows of `h_NF` beyond the computed pairs are not written."""
+    """Launch `gate_up_kernel`; rows of `h_NF` beyond the computed pairs are not written.
+
+    `base_T2B` is contiguous and is added to the first B neurons of every slot.
+    """
     _, width, rank = u_gate_SFR.shape
     num_row_blocks = routing.slots_3B.shape[1]
     launching.launch(
@@ -114,6 +132,7 @@ def gate_up(
         u_gate_ptr=u_gate_SFR,
         u_up_ptr=u_up_SFR,
         h_ptr=h_NF,
+        base_ptr=base_T2B,
         pair_ptr=routing.pair_N,
         blocks_ptr=routing.slots_3B,
         num_blocks_ptr=routing.num_blocks,
@@ -126,7 +145,9 @@ def gate_up(
         stride_slot=u_gate_SFR.stride(0),
         stride_u=u_gate_SFR.stride(1),
         stride_h=h_NF.stride(0),
+        base_width=0 if base_T2B is None else base_T2B.shape[2],
         TOKENS=from_tokens,
+        BASE=base_T2B is not None,
         top_k=top_k,
         BLOCK_M=routing.slot_rows,
         BLOCK_N=tile.block_n,

@@ -1,22 +1,25 @@
 """Rows times the transposed matrix of their key: `out[p] = a[row(p)] @ w[key(p)].T`.
 
-| use             | rows `p`             | `row(p)`     | key   | out                        |
-|-----------------|----------------------|--------------|-------|----------------------------|
-| V gate, V up    | tokens (one group)   | `p`          | 0     | z (T, 2, R)                |
-| V gate, V up    | positions            | token of `p` | group | z (N, 2, R)                |
-| V down          | positions            | `p`          | group | w (N, Q)                   |
-| U down          | positions            | `p`          | slot  | y (N, D), times the weight |
+| use                | rows `p`             | `row(p)`     | key   | out                        |
+|--------------------|----------------------|--------------|-------|----------------------------|
+| V gate, V up       | tokens (one group)   | `p`          | 0     | z (T, 2, R)                |
+| V gate, V up       | positions            | token of `p` | group | z (N, 2, R)                |
+| base gate, base up | tokens               | `p`          | 0     | b (T, 2, B)                |
+| V down             | positions            | `p`          | group | w (N, Q)                   |
+| U down             | positions            | `p`          | slot  | y (N, D), times the weight |
+| base down          | tokens               | `p`          | 0     | rows N to N + T of y       |
 
-One kernel for all four: cuBLAS would serve the first when many tokens come, but there it is a few
-per cent of the layer's work, and when few come one launch reads both matrices.
+One kernel for all: cuBLAS would serve the first when many tokens come, but there it is a few per
+cent of the layer's work, and when few come one launch reads both matrices. The base's products
+join those of V and U: as more columns for the same rows, or as more rows for the same columns.
 
 Split: where rows and columns make too few programs to fill the GPU, the depth is cut in parts that
-write fp32 partial results, and `sum_rows` adds those in order. No atomics: results are the same
-bits in every run.
+write fp32 partial results, and `sum_rows` adds those in order.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +30,33 @@ from vllm_moesvd.kernels import launching
 from vllm_moesvd.kernels.tiles import Tile
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoreColumns:
+    """Matrices [C, depth] that the same rows are multiplied with, into `out` [parts, rows, 2 C]."""
+
+    w: tuple[torch.Tensor, torch.Tensor]
+    out: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoreRows:
+    """Rows `a` [M, depth'] for one matrix [columns, depth']; they follow the others in `out`."""
+
+    a: torch.Tensor
+    w: torch.Tensor
+
+
 def _linear_work(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     a, w, columns, depth = args["a_ptr"], args["w_ptr"], args["num_cols"], args["depth"]
-    rows, columns = args["num_rows"], columns * args["HALVES"]
-    keys = min(rows, w.shape[0])
-    num_bytes = a.element_size() * (keys * columns * depth + rows * (columns + depth))
-    name = f"{metadata.name} [M = {rows}, N = {columns}, K = {depth}]"
-    return launching.work(name, 2 * rows * columns * depth, num_bytes)
+    rows, halves = args["num_rows"], args["HALVES"]
+    more_rows, more_depth = args["more_rows"], args["more_depth"]
+    keys, all_columns = min(rows, w.shape[0]), halves * (columns + args["more_cols"])
+    numbers = keys * halves * columns * depth + halves * args["more_cols"] * depth
+    numbers += rows * (all_columns + depth)
+    numbers += columns * more_depth + more_rows * (columns + more_depth)
+    flops = 2 * rows * all_columns * depth + 2 * more_rows * columns * more_depth
+    name = f"{metadata.name} [M = {rows}, N = {all_columns}, K = {depth}]"
+    return launching.work(name, flops, a.element_size() * numbers)
 
 
 @triton.jit
@@ -47,7 +70,7 @@ def _tile_of(pid, num_row_blocks, num_col_blocks, GROUP_M: tl.constexpr):
 
 @triton.jit(
     launch_metadata=_linear_work,
-    do_not_specialize=["num_rows", "num_row_blocks", "top_k", "stride_part"],
+    do_not_specialize=["num_rows", "num_row_blocks", "top_k", "stride_part", "more_rows"],
 )
 def linear_kernel(
     a_ptr,  # (*, depth) activations
@@ -58,6 +81,10 @@ def linear_kernel(
     pair_ptr,  # (N,) int32, read if GATED or TOKENS
     blocks_ptr,  # (3, B) int32, read if TABLE
     num_blocks_ptr,  # (1,) int32, read if TABLE
+    more_a_ptr,  # (more_rows, more_depth) if MORE_ROWS
+    more_w_ptr,  # (more_cols, depth) if MORE_COLS, (num_cols, more_depth) if MORE_ROWS
+    more_second_ptr,  # (more_cols, depth) if MORE_COLS
+    more_out_ptr,  # (parts, rows, 2 * more_cols) if MORE_COLS; parts as far apart as in out
     num_rows,
     num_row_blocks,
     top_k,
@@ -69,33 +96,71 @@ def linear_kernel(
     stride_w,
     stride_out,
     stride_part,
+    more_rows,
+    more_cols,
+    more_depth,
+    stride_more_a,
+    stride_more_w,
+    stride_more_out,
     HALVES: tl.constexpr,
     TABLE: tl.constexpr,
     TOKENS: tl.constexpr,
     GATED: tl.constexpr,
+    MORE_COLS: tl.constexpr,
+    MORE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid: (row blocks * column blocks, parts). Row blocks beyond the filled ones end at once."""
+    """Grid: (row blocks * column blocks, parts). Row blocks beyond the filled ones end at once.
+
+    The blocks of MORE_ROWS come first, because they are all filled and often the deepest.
+    """
     cols_per_half = tl.cdiv(num_cols, BLOCK_N)
-    block, col_block = _tile_of(tl.program_id(0), num_row_blocks, HALVES * cols_per_half, GROUP_M)
+    num_col_blocks = HALVES * cols_per_half
+    first_row_block = 0
+    if MORE_COLS:
+        num_col_blocks += HALVES * tl.cdiv(more_cols, BLOCK_N)
+    if MORE_ROWS:
+        first_row_block = tl.cdiv(more_rows, BLOCK_M)
+    all_row_blocks = first_row_block + num_row_blocks
+    block, col_block = _tile_of(tl.program_id(0), all_row_blocks, num_col_blocks, GROUP_M)
     m = tl.arange(0, BLOCK_M)
     if TABLE:
-        if block >= tl.load(num_blocks_ptr):
+        index = tl.maximum(block - first_row_block, 0)
+        is_of_table = block >= first_row_block
+        if is_of_table & (index >= tl.load(num_blocks_ptr)):
             return
-        key = tl.load(blocks_ptr + block).to(tl.int64)
-        position = tl.load(blocks_ptr + num_row_blocks + block) + m
-        is_row = m < tl.load(blocks_ptr + 2 * num_row_blocks + block)
+        key = tl.load(blocks_ptr + index, mask=is_of_table, other=0).to(tl.int64)
+        first = tl.load(blocks_ptr + num_row_blocks + index, mask=is_of_table, other=0)
+        height = tl.load(blocks_ptr + 2 * num_row_blocks + index, mask=is_of_table, other=0)
+        gated_height = height
+        if MORE_ROWS:
+            first = tl.where(is_of_table, first, block * BLOCK_M)
+            height = tl.where(is_of_table, height, more_rows - first)
     else:
         key = tl.full([], 0, tl.int64)
-        position = block * BLOCK_M + m
-        is_row = position < num_rows
+        first = block * BLOCK_M
+        height = num_rows - first
+        gated_height = height
+    position = first + m
+    is_row = m < height
     row = position
     if TOKENS:
         row = tl.load(pair_ptr + position, mask=is_row, other=0) // top_k
+    if MORE_COLS:  # noqa: SIM102, a constant around a value
+        if col_block >= HALVES * cols_per_half:
+            # From here on the program knows these matrices alone; `num_cols` is theirs.
+            col_block -= HALVES * cols_per_half
+            cols_per_half = tl.cdiv(more_cols, BLOCK_N)
+            num_cols = more_cols
+            w_ptr = more_w_ptr
+            w_second_ptr = more_second_ptr
+            out_ptr = more_out_ptr
+            stride_w = stride_more_w
+            stride_out = stride_more_out
     half = col_block // cols_per_half
     n = col_block % cols_per_half * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -104,6 +169,13 @@ def linear_kernel(
     end = tl.minimum(begin + depth_per_part, depth)
     if HALVES == 2:
         w_ptr = tl.where(half == 0, w_ptr, w_second_ptr)
+    if MORE_ROWS:
+        is_more = block < first_row_block
+        a_ptr = tl.where(is_more, more_a_ptr, a_ptr)
+        w_ptr = tl.where(is_more, more_w_ptr, w_ptr)
+        stride_a = tl.where(is_more, stride_more_a, stride_a)
+        stride_w = tl.where(is_more, stride_more_w, stride_w)
+        end = tl.where(is_more, more_depth, end)
     a_tile = a_ptr + row.to(tl.int64)[:, None] * stride_a + k[None, :]
     w_tile = w_ptr + key * stride_key + n.to(tl.int64)[None, :] * stride_w + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -114,54 +186,17 @@ def linear_kernel(
         if UPCAST:
             a, w = a.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(a, w, acc, input_precision="ieee")
+    out_row = position.to(tl.int64)
     if GATED:
-        pair = tl.load(pair_ptr + position, mask=is_row, other=0)
-        acc *= tl.load(gate_ptr + pair, mask=is_row, other=0.0)[:, None]
+        has_gate = m < gated_height
+        pair = tl.load(pair_ptr + position, mask=has_gate, other=0)
+        acc *= tl.load(gate_ptr + pair, mask=has_gate, other=1.0)[:, None]
+    if MORE_ROWS:
+        out_row += tl.where(block < first_row_block, num_rows, 0)
     out = out_ptr + part.to(tl.int64) * stride_part + half * num_cols
-    out = out + position.to(tl.int64)[:, None] * stride_out + n[None, :]
+    out = out + out_row[:, None] * stride_out + n[None, :]
     mask = is_row[:, None] & (n < num_cols)[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def _sum_work(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    terms, rows, columns = args["num_terms"], args["num_rows"], args["num_cols"]
-    num_bytes = (
-        rows * columns * (terms * args["in_ptr"].element_size() + args["out_ptr"].element_size())
-    )
-    name = f"{metadata.name} [{terms} x {rows} x {columns}]"
-    return launching.work(name, terms * rows * columns, num_bytes)
-
-
-@triton.jit(launch_metadata=_sum_work, do_not_specialize=["num_rows", "num_terms", "stride_term"])
-def sum_kernel(
-    in_ptr,  # GATHER: (N, C) rows by sorted position; otherwise (num_terms, rows, C)
-    position_ptr,  # (rows * num_terms,) int32, -1 for a term that does not exist; if GATHER
-    out_ptr,  # (rows, C)
-    num_rows,
-    num_cols,
-    num_terms,
-    stride_term,
-    stride_in,
-    stride_out,
-    GATHER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid: (rows, ceil(C / BLOCK)). Terms are added in ascending order, in fp32."""
-    row = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for term in range(num_terms):
-        if GATHER:
-            position = tl.load(position_ptr + row.to(tl.int64) * num_terms + term)
-            source = in_ptr + position.to(tl.int64) * stride_in
-            mask = c < tl.where(position >= 0, num_cols, 0)
-        else:
-            term_64 = tl.zeros([], tl.int64) + term
-            source = in_ptr + term_64 * stride_term + row.to(tl.int64) * stride_in
-            mask = c < num_cols
-        acc += tl.load(source + c, mask=mask, other=0.0).to(tl.float32)
-    out = out_ptr + row.to(tl.int64) * stride_out + c
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=c < num_cols)
 
 
 def grouped_linear(
@@ -173,24 +208,34 @@ def grouped_linear(
     block_m: int,
     num_rows: int,
     num_row_blocks: int,
-    parts: int,
-    blocks_3B: torch.Tensor | None,
-    num_blocks: torch.Tensor | None,
-    pair_N: torch.Tensor | None,
-    gate_N: torch.Tensor | None,
+    parts: int = 1,
+    blocks_3B: torch.Tensor | None = None,
+    num_blocks: torch.Tensor | None = None,
+    pair_N: torch.Tensor | None = None,
+    gate_N: torch.Tensor | None = None,
     top_k: int,
-    from_tokens: bool,
+    from_tokens: bool = False,
+    more: MoreColumns | MoreRows | None = None,
 ) -> None:
     """Launch `linear_kernel` on one or two matrices per key; `out` [parts, rows, columns].
 
     Without `blocks_3B` the rows are those of `a` and there is one key. `gate_N` multiplies each
     row. `from_tokens` reads the row of the position's token instead of the position's own.
+    `MoreRows` needs `blocks_3B` and one part; `MoreColumns` as many matrices as `w`, and none of
+    a key's. Their `out` are rows `num_rows` and more of `out`, and an `out` of their own.
     """
     _, num_cols, depth = w[0].shape
     steps = -(-depth // tile.block_k)
+    columns = more if isinstance(more, MoreColumns) else None
+    rows = more if isinstance(more, MoreRows) else None
+    more_cols = columns.w[0].shape[0] if columns else 0
+    more_rows, more_depth = rows.a.shape if rows else (0, 0)
+    col_blocks = -(-num_cols // tile.block_n) + -(-more_cols // tile.block_n)
+    row_blocks = num_row_blocks + -(-more_rows // block_m)
+    more_w = columns.w if columns else ((rows.w,) if rows else None)
     launching.launch(
         linear_kernel,
-        (num_row_blocks * len(w) * -(-num_cols // tile.block_n), parts),
+        (row_blocks * len(w) * col_blocks, parts),
         a_ptr=a,
         w_ptr=w[0],
         w_second_ptr=w[-1],
@@ -199,6 +244,10 @@ def grouped_linear(
         pair_ptr=pair_N,
         blocks_ptr=blocks_3B,
         num_blocks_ptr=num_blocks,
+        more_a_ptr=rows.a if rows else None,
+        more_w_ptr=more_w[0] if more_w else None,
+        more_second_ptr=columns.w[1] if columns else None,
+        more_out_ptr=columns.out if columns else None,
         num_rows=num_rows,
         num_row_blocks=num_row_blocks,
         num_cols=num_cols,
@@ -209,10 +258,18 @@ def grouped_linear(
         stride_w=w[0].stride(1),
         stride_out=out.stride(1),
         stride_part=out.stride(0),
+        more_rows=more_rows,
+        more_cols=more_cols,
+        more_depth=more_depth,
+        stride_more_a=rows.a.stride(0) if rows else 0,
+        stride_more_w=more_w[0].stride(0) if more_w else 0,
+        stride_more_out=columns.out.stride(1) if columns else 0,
         HALVES=len(w),
         TABLE=blocks_3B is not None,
         TOKENS=from_tokens,
         GATED=gate_N is not None,
+        MORE_COLS=columns is not None,
+        MORE_ROWS=rows is not None,
         top_k=top_k,
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
@@ -221,28 +278,4 @@ def grouped_linear(
         UPCAST=launching.is_interpreted(),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-    )
-
-
-def sum_rows(
-    terms: torch.Tensor, out_MC: torch.Tensor, *, num_terms: int, position_N: torch.Tensor | None
-) -> None:
-    """`out[m] = sum over terms`: of `terms` [num_terms, M, C], or of its rows `position_N`."""
-    num_rows, num_cols = out_MC.shape
-    block = min(1024, triton.next_power_of_2(num_cols))
-    launching.launch(
-        sum_kernel,
-        (num_rows, -(-num_cols // block)),
-        in_ptr=terms,
-        position_ptr=position_N,
-        out_ptr=out_MC,
-        num_rows=num_rows,
-        num_cols=num_cols,
-        num_terms=num_terms,
-        stride_term=terms.stride(0),
-        stride_in=terms.stride(-2),
-        stride_out=out_MC.stride(0),
-        GATHER=position_N is not None,
-        BLOCK=block,
-        num_warps=4,
     )

@@ -23,6 +23,7 @@ import torch
 import triton
 
 from vllm_moesvd.kernels import launching
+from vllm_moesvd.kernels.plan import max_blocks
 from vllm_moesvd.kernels.routing_kernels import (
     align_tile_kernel,
     count_kernel,
@@ -37,6 +38,8 @@ CHUNK_PAIRS: Final = 16
 """Pairs that those of a tile are compared with at a time; 128 at once spill on every GPU."""
 SCAN_TILES: Final = 32
 """Tiles per step of the scan; 32 × 512 counters fit in the registers of 8 warps."""
+MEMBERS: Final = 4096
+"""Slots times groups compared at a time; 256 of each at once spill on every GPU."""
 SCATTER_PAIRS: Final = 512
 """Pairs per program of a kernel that only moves numbers; any size near it does."""
 
@@ -55,11 +58,6 @@ class Routing:
     count_CS: torch.Tensor
     slot_rows: int
     group_rows: int
-
-
-def max_blocks(num_rows: int, num_keys: int, block_rows: int) -> int:
-    """Blocks that `num_rows` rows of `num_keys` keys can need at most, from shapes alone."""
-    return (num_rows + min(num_keys, num_rows) * (block_rows - 1)) // block_rows
 
 
 def tokens_per_tile(top_k: int) -> int:
@@ -129,10 +127,12 @@ def align(
         "groups_ptr": routing.groups_3B,
         "num_ptr": routing.num_blocks,
         "num_slots": num_slots,
+        "num_groups": slots.num_groups,
         "stride_slots": routing.slots_3B.stride(0),
         "stride_groups": routing.groups_3B.stride(0),
         "S_PAD": s_pad,
-        "G_PAD": triton.next_power_of_2(slots.num_groups),
+        "G_STEP": min(triton.next_power_of_2(slots.num_groups), max(1, MEMBERS // s_pad)),
+        "BY_SLOT": slots.num_groups >= num_slots,
         "slot_rows": routing.slot_rows,
         "group_rows": routing.group_rows,
     }

@@ -72,17 +72,20 @@ def _earlier_equal(key_ptr, rank, pair, begin, end, SIZE: tl.constexpr, CHUNK: t
 
 
 @triton.jit
-def _emit(table_ptr, num_ptr, label, count, first, stride, height):
-    """Write the blocks of every key: `count` rows from position `first`, `height` in a block."""
+def _emit(table_ptr, done, label, count, first, stride, height):
+    """Write the blocks of some keys after the `done` first ones; returns how many there are now.
+
+    `count` rows from position `first` for every key, at most `height` in a block.
+    """
     blocks = (count + height - 1) // height
-    index = tl.cumsum(blocks, 0) - blocks
+    index = done + tl.cumsum(blocks, 0) - blocks
     for j in range(tl.max(blocks, 0)):
         used = j < blocks
         tl.store(table_ptr + index + j, label, mask=used)
         tl.store(table_ptr + stride + index + j, first + j * height, mask=used)
         rows = tl.minimum(count - j * height, height)
         tl.store(table_ptr + 2 * stride + index + j, rows, mask=used)
-    tl.store(num_ptr, tl.sum(blocks, 0))
+    return done + tl.sum(blocks, 0)
 
 
 @triton.jit
@@ -95,22 +98,36 @@ def _emit_both(
     count,
     first,
     num_slots,
+    num_groups,
     stride_slots,
     stride_groups,
     slot_rows,
     group_rows,
     S_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
+    G_STEP: tl.constexpr,
+    BY_SLOT: tl.constexpr,
 ):
+    """Blocks of rows of one slot, and of one group: G_STEP groups at a time, or slot by slot.
+
+    BY_SLOT is for layers with a group for each slot: blocks of one slot are blocks of one group.
+    """
     s = tl.arange(0, S_PAD)
     slot = tl.load(slot_ptr + s, mask=s < num_slots, other=0)
-    _emit(slots_ptr, num_ptr, slot, count, first, stride_slots, slot_rows)
+    tl.store(num_ptr, _emit(slots_ptr, 0, slot, count, first, stride_slots, slot_rows))
     group = tl.load(group_ptr + s, mask=s < num_slots, other=-1)
-    g = tl.arange(0, G_PAD)
-    is_member = group[None, :] == g[:, None]
-    group_count = tl.sum(tl.where(is_member, count[None, :], 0), axis=1)
-    group_first = tl.cumsum(group_count, 0) - group_count
-    _emit(groups_ptr, num_ptr + 1, g, group_count, group_first, stride_groups, group_rows)
+    if BY_SLOT:
+        tl.store(num_ptr + 1, _emit(groups_ptr, 0, group, count, first, stride_groups, group_rows))
+    else:
+        done = tl.zeros([], tl.int32)
+        begin = tl.zeros([], tl.int32)
+        for start in range(0, num_groups, G_STEP):
+            g = start + tl.arange(0, G_STEP)
+            is_member = group[None, :] == g[:, None]
+            group_count = tl.sum(tl.where(is_member, count[None, :], 0), axis=1)
+            group_first = begin + tl.cumsum(group_count, 0) - group_count
+            done = _emit(groups_ptr, done, g, group_count, group_first, stride_groups, group_rows)
+            begin += tl.sum(group_count, 0)
+        tl.store(num_ptr + 1, done)
 
 
 @triton.jit(do_not_specialize=["num_tokens", *BLOCK_ARGUMENTS])
@@ -131,6 +148,7 @@ def align_tile_kernel(
     num_tokens,
     num_experts,
     num_slots,
+    num_groups,
     stride_ids,
     stride_weights,
     stride_slots,
@@ -141,7 +159,8 @@ def align_tile_kernel(
     K_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
     S_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
+    G_STEP: tl.constexpr,
+    BY_SLOT: tl.constexpr,
     CHUNK: tl.constexpr,
     MERGE: tl.constexpr,
 ):
@@ -165,8 +184,8 @@ def align_tile_kernel(
     tl.store(position_ptr + pair, tl.where(rank >= 0, position, -1), mask=exists)
     tl.store(gate_ptr + pair, gate, mask=exists)
     _emit_both(
-        slots_ptr, groups_ptr, num_ptr, slot_ptr, group_ptr, count, first, num_slots,
-        stride_slots, stride_groups, slot_rows, group_rows, S_PAD, G_PAD,
+        slots_ptr, groups_ptr, num_ptr, slot_ptr, group_ptr, count, first, num_slots, num_groups,
+        stride_slots, stride_groups, slot_rows, group_rows, S_PAD, G_STEP, BY_SLOT,
     )  # fmt: skip
 
 
@@ -220,13 +239,15 @@ def scan_kernel(
     num_ptr,  # (2,) int32, written
     num_tiles,
     num_slots,
+    num_groups,
     stride_slots,
     stride_groups,
     slot_rows,
     group_rows,
     CHUNK: tl.constexpr,
     S_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
+    G_STEP: tl.constexpr,
+    BY_SLOT: tl.constexpr,
 ):
     """Grid: (1,). Totals first, then an exclusive sum over tiles in place."""
     c = tl.arange(0, CHUNK)
@@ -247,8 +268,8 @@ def scan_kernel(
         tl.store(count_ptr + offset, before, mask=mask)
         running += tl.sum(part, axis=0)
     _emit_both(
-        slots_ptr, groups_ptr, num_ptr, slot_ptr, group_ptr, count, first, num_slots,
-        stride_slots, stride_groups, slot_rows, group_rows, S_PAD, G_PAD,
+        slots_ptr, groups_ptr, num_ptr, slot_ptr, group_ptr, count, first, num_slots, num_groups,
+        stride_slots, stride_groups, slot_rows, group_rows, S_PAD, G_STEP, BY_SLOT,
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.roofline import MODELS, Model
-from vllm_moesvd.kernels.forward import Factors, ShapeAndType, factored_experts
+from benchmarks.moe_layers import MODELS, Form, Model
+from vllm_moesvd.kernels.forward import Base, Factors, ShapeAndType, factored_experts
 from vllm_moesvd.kernels.slots import SlotTable, rank_slots
 from vllm_moesvd.kernels.tiles import TileTable
 
@@ -28,11 +28,20 @@ class Sizes:
     expert_slot: tuple[int, ...]
     slot_group: tuple[int, ...]
     tp_size: int = 1
+    base_width: int = 0
+    """Neurons of the base in this process; 0 is no base."""
 
 
-def real_sizes(model: Model, *, tp_size: int = 1, num_groups: int = 1) -> Sizes:
-    """A real model at 40 % removed, every expert its own slot."""
-    rank, rank_down = model.ranks(0.4)
+def real_sizes(
+    model: Model, form: Form = "shared-v", *, tp_size: int = 1, num_groups: int = 1
+) -> Sizes:
+    """A real model at 40 % removed, every expert its own slot; a base as wide as the experts.
+
+    Form `svd` has a group for every expert, the others `num_groups`.
+    """
+    rank, rank_down = model.ranks(0.4, form)
+    if form == "svd":
+        num_groups = model.num_experts
     return Sizes(
         hidden=model.hidden_size,
         width=model.expert_width,
@@ -43,6 +52,7 @@ def real_sizes(model: Model, *, tp_size: int = 1, num_groups: int = 1) -> Sizes:
         expert_slot=tuple(range(model.num_experts)),
         slot_group=tuple(e * num_groups // model.num_experts for e in range(model.num_experts)),
         tp_size=tp_size,
+        base_width=model.expert_width // tp_size if form == "base-delta" else 0,
     )
 
 
@@ -72,6 +82,7 @@ def call_without_data(
         return [torch.empty(shape, dtype=kind, device=device) for shape, kind in wanted]
 
     s, g, tp = len(sizes.slot_group), max(sizes.slot_group) + 1, sizes.tp_size
+    b = sizes.base_width
     d, f, r, q = sizes.hidden, sizes.width // tp, sizes.rank, sizes.rank_down
     factors = Factors(
         v_gate_GrD=empty(g, r // tp, d),
@@ -80,6 +91,7 @@ def call_without_data(
         u_up_SFR=empty(s, f, r),
         v_down_GQF=empty(g, q, f),
         u_down_SDq=empty(s, d, q // tp),
+        base=Base(gate_BD=empty(b, d), up_BD=empty(b, d), down_DB=empty(d, b)) if b else None,
     )
     ranks = {
         "rank_E": torch.empty(sizes.num_experts, dtype=torch.int32, device=device),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.moe_layers import FORMS
 from tests.vllm_moesvd.kernels.compiler import SHARED_LIMIT, Launch, compile_launch
 from tests.vllm_moesvd.kernels.layers import REAL_MODELS, real_sizes
 from tests.vllm_moesvd.kernels.recorder import launches_of
@@ -30,9 +31,11 @@ TALL_TILE_INSTRUCTION = {
 
 
 def programs(arch: str) -> list[Launch]:
-    """One launch for each different program of the four models; DeepSeek-V3 with 8 groups too."""
-    layers = [real_sizes(model) for model in REAL_MODELS.values()]
+    """One launch for each different program of the four models in every form; DeepSeek-V3 with 8
+    groups too, and a base whose slots have V groups of their own."""
+    layers = [real_sizes(model, form) for model in REAL_MODELS.values() for form in FORMS]
     layers.append(real_sizes(REAL_MODELS["DeepSeek-V3"], num_groups=8))
+    layers.append(real_sizes(REAL_MODELS["Qwen3-30B-A3B"], "base-delta", num_groups=128))
     table = tile_table(arch, 2)
     launches = [launch for s in layers for t in BATCHES for launch in launches_of(s, t, table)]
     return list({launch.identity: launch for launch in launches}.values())

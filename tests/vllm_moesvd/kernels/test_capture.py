@@ -27,6 +27,14 @@ LAYERS = {
     "DeepSeek, 8 groups": real_sizes(REAL_MODELS["DeepSeek-V3"], num_groups=8),
     "Qwen3, 8 processes": real_sizes(REAL_MODELS["Qwen3-30B-A3B"], tp_size=8),
     "trimmed": TRIMMED,
+    "Mixtral with a base": real_sizes(REAL_MODELS["Mixtral-8x7B"], "base-delta"),
+    "Qwen3 with a base, 8 processes": real_sizes(
+        REAL_MODELS["Qwen3-30B-A3B"], "base-delta", tp_size=8
+    ),
+    "DeepSeek with a base and groups": real_sizes(
+        REAL_MODELS["DeepSeek-V3"], "base-delta", num_groups=8
+    ),
+    "Phi, svd": real_sizes(REAL_MODELS["Phi-3.5-MoE"], "svd"),
 }
 
 
@@ -77,20 +85,31 @@ def test_only_the_output_is_allocated(layer: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("tests.vllm_moesvd.kernels.layers.factored_experts", counted)
     launches_of(sizes, 9, SM_90)
-    scratch_views = 4 + 8
+    scratch_views = 5 + 8
     assert len(allocated) == 1 + scratch_views
 
 
 @pytest.mark.parametrize(
-    ("tokens", "expected"),
+    ("layer", "tokens", "expected"),
     [
-        (1, ["align_tile", "linear", "sum", "gate_up", "linear", "sum", "linear", "sum"]),
-        (4096, ["count", "scan", "scatter", "linear", "gate_up", "linear", "linear", "sum"]),
+        ("Mixtral", 1, "align_tile linear sum gate_up linear sum linear sum"),
+        ("Mixtral", 4096, "count scan scatter linear gate_up linear linear sum"),
+        # A base costs one launch more: the sum of its neurons. V is no longer split beside it.
+        ("Mixtral with a base", 1, "align_tile linear gate_up linear sum sum linear sum"),
+        ("Mixtral with a base", 4096, "count scan scatter linear gate_up linear sum linear sum"),
+        # With groups its first product is a launch too (here split), and with many tokens and
+        # few of them per slot its second.
+        (
+            "DeepSeek with a base and groups",
+            512,
+            "count scan scatter linear linear sum gate_up linear sum linear linear sum",
+        ),
     ],
 )
-def test_launches_of_a_mixtral_layer(tokens: int, expected: list[str]) -> None:
-    launches = launches_of(LAYERS["Mixtral"], tokens, SM_90)
-    assert [launch.kernel.__name__.removesuffix("_kernel") for launch in launches] == expected
+def test_launches_of_a_layer(layer: str, tokens: int, expected: str) -> None:
+    launches = launches_of(LAYERS[layer], tokens, SM_90)
+    names = [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
+    assert names == expected.split()
 
 
 def scratch_bytes(sizes: Sizes, tokens: int) -> int:

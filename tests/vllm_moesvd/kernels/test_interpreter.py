@@ -1,4 +1,4 @@
-"""Starts `test_equality.py` in a process whose Triton interprets kernels on the CPU."""
+"""Starts the tests of computed numbers in a process whose Triton interprets kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_kernels_pass_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["test_equality.py", "test_routing.py"])
+def test_kernels_pass_in_the_interpreter(name: str) -> None:
     """The interpreter must be chosen before Triton is imported, hence another process."""
-    file = Path(__file__).with_name("test_equality.py")
+    file = Path(__file__).with_name(name)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", str(file)],
         cwd=ROOT,
