@@ -12,7 +12,8 @@ No SVD is computed and nothing larger than the smaller side of W is decomposed:
 * W tall: XᵀX = S Sᵀ is shared by gate and up; the eigenvectors of Sᵀ(WᵀW)S, times S⁻¹, are V.
 
 Products over tokens run in fp64 up to PRECISE_SIZE, above it in fp32 chunks summed in fp64.
-Memory: one expert's tokens, and its neurons on them where they number at most FOLLOWED_WIDTH.
+Memory: the tokens of the experts in work (`side_by_side`), and their neurons on them where they
+number at most FOLLOWED_WIDTH.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch.nn.functional import pad
 
 from compress_tool.factorize.moments import cholesky, completed, ridged
 from compress_tool.factorize.per_expert import Truncated, stacked_solution, truncate
 from compress_tool.factorize.problem import Activation, ExpertWeights, LayerProblem
 from compress_tool.factorize.products import (
     CHUNK_ROWS,
+    IMAGES,
     inner,
     leading,
     product,
@@ -36,11 +39,16 @@ from compress_tool.factorize.products import (
 )
 from compress_tool.factorize.row_weights import RowWeights
 from compress_tool.factorize.shared_v import SharedSolution
-from compress_tool.factorize.whitening import DAMPING, orthonormal_rows, solve_spd
+from compress_tool.factorize.side_by_side import num_workers, side_by_side
+from compress_tool.factorize.whitening import DAMPING, orthonormal_rows, solve_spd, tail_share
 from vllm_moesvd.format import PROJECTIONS, Projection
 
 FOLLOWED_WIDTH: Final = 2048
 """Up to this width W̃ is solved for, F x F. Wider experts fit U alone, which has half the gain."""
+
+ROUNDING_MARGIN: Final = 16.0
+"""A rounded V has some eps²/12 of the energy as error: it is refitted where that is more than
+half a percent of the tail."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +67,14 @@ class _Tokens:
     up_weight_F: torch.Tensor
     count: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Metric:
+    """Σ g² x xᵀ, damped, and its lower root, [D, D]: what gate and up share where W is tall."""
+
+    gram_DD: torch.Tensor
+    root_DD: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +99,12 @@ def solve_weighted_svd(
     neurons. An expert without tokens gets the plain SVD of its weights.
     """
     parts: dict[Projection, list[Truncated]] = {projection: [] for projection in PROJECTIONS}
-    for expert in range(problem.shape.num_experts):
-        found = _solve_expert(problem, expert, rank_gate_up, rank_down, weigh_rows, follow)
+
+    def solved(expert: int) -> tuple[Truncated, Truncated, Truncated]:
+        return _solve_expert(problem, expert, rank_gate_up, rank_down, weigh_rows, follow)
+
+    workers = num_workers(problem.shape, problem.device)
+    for found in side_by_side(solved, range(problem.shape.num_experts), workers):
         for projection, part in zip(PROJECTIONS, found, strict=True):
             parts[projection].append(part)
     return stacked_solution(parts, rank_gate_up, rank_down)
@@ -106,12 +126,12 @@ def _solve_expert(
         ranks = rank_gate_up, rank_gate_up, rank_down
         plain = [_plain(w, r, problem.store_dtype) for w, r in zip(weights, ranks, strict=True)]
         return plain[0], plain[1], plain[2]
-    gram_DD = None if len(gate_FD) <= gate_FD.shape[1] else _input_gram(tokens)
+    metric = None if len(gate_FD) <= gate_FD.shape[1] else _metric(tokens)
     store = problem.store_dtype
     gate = _gate_or_up(
-        gate_FD, tokens, tokens.gate, gram_DD, tokens.gate_weight_F, rank_gate_up, store
+        gate_FD, tokens, tokens.gate, metric, tokens.gate_weight_F, rank_gate_up, store
     )
-    up = _gate_or_up(up_FD, tokens, tokens.up, gram_DD, tokens.up_weight_F, rank_gate_up, store)
+    up = _gate_or_up(up_FD, tokens, tokens.up, metric, tokens.up_weight_F, rank_gate_up, store)
     followed = _followed(problem.activation, tokens, gate, up) if follow else None
     down = (_down_narrow if tokens.h else _down_wide)(down_DF, tokens, followed, rank_down, store)
     return gate.part, up.part, down
@@ -129,6 +149,9 @@ def _tokens(
     for token_c, gate_c in zip(
         torch.split(token_n, CHUNK_ROWS), torch.split(gate_n, CHUNK_ROWS), strict=True
     ):
+        # Tokens of weight 0 make up whole images: every sum here has g in each of its terms.
+        missing = -len(token_c) % IMAGES
+        token_c, gate_c = pad(token_c, (0, missing)), pad(gate_c, (0, missing))
         x.append(problem.statistics.x_TD[token_c].to(problem.device, dtype))
         scale.append(gate_c.to(problem.device, dtype)[:, None])
         a_nF, u_nF = products(x[-1], (gate_FD, up_FD))
@@ -157,10 +180,11 @@ def _tokens(
     )
 
 
-def _input_gram(tokens: _Tokens) -> torch.Tensor:
-    """Σ g² x xᵀ, damped, fp64 [D, D]."""
+def _metric(tokens: _Tokens) -> _Metric:
     gated = [x * scale for x, scale in zip(tokens.x, tokens.scale, strict=True)]
-    return ridged(_summed(gated, gated), DAMPING)
+    gram_DD = ridged(_summed(gated, gated), DAMPING)
+    root_DD = cholesky(gram_DD).to(tokens.dtype)
+    return _Metric(gram_DD.to(tokens.dtype), root_DD)
 
 
 def _summed(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -185,21 +209,20 @@ def _gate_or_up(
     w_FD: torch.Tensor,
     tokens: _Tokens,
     images: list[torch.Tensor],
-    gram_DD: torch.Tensor | None,
+    metric: _Metric | None,
     weight_F: torch.Tensor,
     rank: int,
     store: torch.dtype,
 ) -> _Compressed:
-    """`gram_DD` is given where W is tall, `images` (g W x of every token) where it is not."""
+    """`metric` is given where W is tall, `images` (W x of every token) where it is not."""
     dtype = tokens.dtype
     root_F = weight_F.sqrt()
     weighted_FD = root_F.to(dtype)[:, None] * w_FD
-    if gram_DD is not None:
-        s_DD = cholesky(gram_DD).to(dtype)
+    if metric is not None:
         energy_DD = inner(weighted_FD, weighted_FD).to(dtype)
-        v_RD, spectrum = _whitened_rows(energy_DD, s_DD, s_DD, rank)
+        v_RD, spectrum = _whitened_rows(energy_DD, metric.root_DD, metric.root_DD, rank)
         v_RD = v_RD.to(store).to(dtype)
-        cross_RD = product(v_RD, gram_DD.to(dtype))
+        cross_RD = product(v_RD, metric.gram_DD)
         # U = W C Vᵀ (V C Vᵀ)⁻¹, solved on the smaller side.
         fit_RD = solve_spd(product(cross_RD, v_RD).double(), cross_RD.double()).to(dtype)
         part = Truncated(u_mR=product(w_FD, fit_RD), v_Rn=v_RD, spectrum=spectrum)
@@ -209,8 +232,8 @@ def _gate_or_up(
     spectrum, vectors_FR = leading(root_F[:, None] * moment_FF * root_F, rank, dtype)
     exact_RD = product(vectors_FR.T.to(dtype), weighted_FD.T)
     v_RD = exact_RD.to(store).to(dtype)
-    if torch.equal(v_RD, exact_RD):
-        # Then V x is a product with the images that are there already.
+    if torch.equal(v_RD, exact_RD) or _hides_rounding(spectrum, rank, store):
+        # Then U is that of the exact V, and V x a product with the images that are there already.
         back_RF = (root_F[:, None] * vectors_FR).T.to(dtype)
         latent = [product(image, back_RF) for image in images]
         u_FR = vectors_FR / root_F[:, None]
@@ -225,6 +248,11 @@ def _gate_or_up(
     cross_RF = _summed(used, gated) + ridge * product(v_RD, w_FD).double()
     u_FR = solve_spd(inner_RR, cross_RF).T
     return _Compressed(Truncated(u_mR=u_FR, v_Rn=v_RD, spectrum=spectrum), latent)
+
+
+def _hides_rounding(spectrum: torch.Tensor, rank: int, store: torch.dtype) -> bool:
+    """Whether what the rank leaves out is far more than what rounding V adds."""
+    return tail_share(spectrum, rank) > ROUNDING_MARGIN * torch.finfo(store).eps ** 2
 
 
 def _whitened_rows(
