@@ -3,7 +3,7 @@
 The factors are held, split and exchanged as in `layer.py`. The base is split over its neurons in
 the same places as F: process t of `tp` holds the base's part of its own F / tp neurons, zeros
 where the base has none (a pruned base). Its down part is a partial sum for the runner's
-all-reduce, like everything else. This form runs on torch operators on every device.
+all-reduce, like everything else.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from vllm.model_executor.layers.fused_moe import (
     FusedMoEMethodBase,
     RoutedExperts,
 )
+from vllm.utils.math_utils import round_up
 
 from vllm_moesvd.base_ops import base_experts
-from vllm_moesvd.layer import FactoredMoEMethod, FactoredRoutedExperts
+from vllm_moesvd.layer import FactoredMoEMethod, FactoredRoutedExperts, rank_multiple
 from vllm_moesvd.loading import factor_loader
 
 BASE: Final = ("base_gate", "base_up", "base_down")
@@ -56,7 +57,10 @@ class BaseDeltaMoEMethod(FactoredMoEMethod):
             **extra_weight_attrs,
         )
         is_split = self.moe.tp_size > 1
-        width = intermediate_size_per_partition if is_split else self.spec.base_width
+        width = intermediate_size_per_partition
+        if not is_split:
+            # Padded like a rank, because rows of base down are as long.
+            width = min(width, round_up(self.spec.base_width, rank_multiple()))
         for name in BASE:
             is_down = name == "base_down"
             shape = (hidden_size, width) if is_down else (width, hidden_size)
@@ -69,19 +73,18 @@ class BaseDeltaMoEMethod(FactoredMoEMethod):
             )
             layer.register_parameter(name, parameter)
 
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Nothing to prepare: the kernels of the other forms do not serve this one."""
+    def _base(self, layer: RoutedExperts) -> Any:
+        from vllm_moesvd.kernels.forward import Base
 
-    def apply(
+        return Base(gate_BD=layer.base_gate, up_BD=layer.base_up, down_DB=layer.base_down)
+
+    def _apply_operators(
         self,
         layer: RoutedExperts,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
-        shared_experts: object,
-        shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Output [T, D] of the routed experts; a partial sum for the runner's all-reduce."""
         slot_TK, gate_TK = self._slots(layer, topk_ids, topk_weights)
         z_TC2R = self._project_in(layer, x, slot_TK)
         base_T2B = torch.stack([linear(x, layer.base_gate), linear(x, layer.base_up)], dim=1)

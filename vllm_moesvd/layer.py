@@ -129,7 +129,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
         Once: when weights are reloaded the layer's tables are not filled at this point.
         """
-        if self.is_warm or not self._runs_kernels(layer.v_gate):
+        if self.is_warm or not kernels.can_run(layer.v_gate):
             return
         self.is_warm = True
         from vllm_moesvd.kernels.forward import warm_up_batches
@@ -152,8 +152,17 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output [T, D] of the routed experts; a partial sum for the runner's all-reduce."""
-        if self._runs_kernels(x):
+        if kernels.can_run(x):
             return self._apply_kernels(layer, x, topk_weights, topk_ids)
+        return self._apply_operators(layer, x, topk_weights, topk_ids)
+
+    def _apply_operators(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
         slot_TK, gate_TK = self._slots(layer, topk_ids, topk_weights)
         z_TC2R = self._project_in(layer, x, slot_TK)
         factors = layer.u_gate, layer.u_up, layer.v_down
@@ -189,9 +198,9 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         y_TD: torch.Tensor = ops.project_out(w_NQ, slot_TK, gate_TK, layer.u_down)
         return y_TD
 
-    def _runs_kernels(self, x: torch.Tensor) -> bool:
-        """The kernels know no base; a `base-delta` layer takes the other path."""
-        return kernels.can_run(x) and not self.spec.base_width
+    def _base(self, layer: RoutedExperts) -> Any:
+        """The base (`kernels.forward.Base`) of a form that has one."""
+        return None
 
     def _apply_kernels(
         self,
@@ -215,6 +224,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 u_up_SFR=layer.u_up,
                 v_down_GQF=layer.v_down,
                 u_down_SDq=layer.u_down,
+                base=self._base(layer),
             ),
             SlotTable(
                 **{name: getattr(layer, name) for name in SLOT_RANKS},
@@ -223,8 +233,8 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             ),
             tile_table(device_arch(x_TD.device.index), x_TD.element_size()),
             current_workspace_manager().get_simultaneous,
-            exchange_z=_gather_ranks if self.is_sharded else None,
-            exchange_w=_scatter_ranks if self.is_sharded else None,
+            exchange_z=_gather_shards if self.is_sharded else None,
+            exchange_w=_scatter_shards if self.is_sharded else None,
         )
 
 
@@ -242,4 +252,16 @@ def _gather_ranks(z: torch.Tensor) -> torch.Tensor:
 def _scatter_ranks(w_NQ: torch.Tensor) -> torch.Tensor:
     # vLLM 0.32 permutes more than two dimensions wrongly here, so w is a matrix.
     scattered: torch.Tensor = tensor_model_parallel_reduce_scatter(w_NQ, dim=-1)
+    return scattered
+
+
+def _gather_shards(z_M2r: torch.Tensor) -> torch.Tensor:
+    """`z` of all processes [C, M, 2, r]; over another dimension vLLM would copy what arrives."""
+    gathered: torch.Tensor = tensor_model_parallel_all_gather(z_M2r, dim=0)
+    return gathered.view(-1, *z_M2r.shape)
+
+
+def _scatter_shards(w_CNq: torch.Tensor) -> torch.Tensor:
+    """This process's shard [N, q] of the sum of w; any other dimension costs two copies of w."""
+    scattered: torch.Tensor = tensor_model_parallel_reduce_scatter(w_CNq.flatten(0, 1), dim=0)
     return scattered

@@ -32,6 +32,8 @@ from vllm_moesvd.kernels.sums import sum_rows
 from vllm_moesvd.kernels.tiles import TileTable
 
 Exchange = Callable[[torch.Tensor], torch.Tensor]
+"""Between C processes: `z` [M, 2, r] to [C, M, 2, r], or partial `w` [C, N, q] to summed [N, q].
+The first dimension is the processes', so neither needs its numbers in another order."""
 ShapeAndType = tuple[tuple[int, ...], torch.dtype]
 GetScratch = Callable[..., list[torch.Tensor]]
 """vLLM's `WorkspaceManager.get_simultaneous`: views for any number of (shape, dtype) pairs."""
@@ -90,7 +92,7 @@ class _Scratch:
     z_M2r: torch.Tensor
     base_T2B: torch.Tensor | None
     projected: torch.Tensor
-    w_Nq: torch.Tensor
+    w_CNq: torch.Tensor
     g_TB: torch.Tensor | None
     h_NF: torch.Tensor
     y_MD: torch.Tensor
@@ -129,10 +131,11 @@ def factored_experts(
         base_width=0 if factors.base is None else factors.base.gate_BD.shape[0],
     )
     plan = plan_launches(sizes, table)
-    scratch = _scratch(sizes, plan, slots, x_TD.dtype, get_scratch)
+    shards = sizes.q // factors.u_down_SDq.shape[2]
+    scratch = _scratch(sizes, plan, shards, slots, x_TD.dtype, get_scratch)
     align(ids_TK, weights_TK, slots, scratch.routing)
     _project_in(x_TD, factors, sizes, plan, scratch)
-    z = scratch.z_M2r if exchange_z is None else exchange_z(scratch.z_M2r)
+    z = scratch.z_M2r.unsqueeze(0) if exchange_z is None else exchange_z(scratch.z_M2r)
     gate_up(
         z,
         factors.u_gate_SFR,
@@ -145,13 +148,18 @@ def factored_experts(
         base_T2B=scratch.base_T2B,
     )
     _project_down(factors, sizes, plan, scratch)
-    w = scratch.w_Nq if exchange_w is None else exchange_w(scratch.w_Nq)
+    w = scratch.w_CNq.squeeze(0) if exchange_w is None else exchange_w(scratch.w_CNq)
     _project_out(w, y_TD, factors, sizes, plan, scratch)
     return y_TD
 
 
 def _scratch(
-    sizes: LayerSizes, plan: Plan, slots: SlotTable, dtype: torch.dtype, get_scratch: GetScratch
+    sizes: LayerSizes,
+    plan: Plan,
+    shards: int,
+    slots: SlotTable,
+    dtype: torch.dtype,
+    get_scratch: GetScratch,
 ) -> _Scratch:
     t, n, b = sizes.num_tokens, sizes.num_pairs, sizes.base_width
     index_shapes = routing_shapes(
@@ -167,7 +175,7 @@ def _scratch(
     output_rows = n + (t if b else 0)
     projected, w, g, wide, partial, *index = get_scratch(
         ((z_numbers + base_numbers,), dtype),
-        ((n, sizes.q), dtype),
+        ((shards, n, sizes.q // shards), dtype),
         ((t, max(b, 1)), dtype),
         ((max(n * sizes.width, output_rows * sizes.hidden),), dtype),
         ((max(partial_numbers, 1),), torch.float32),
@@ -177,7 +185,7 @@ def _scratch(
         z_M2r=_view(projected, plan.z_rows, 2, sizes.r),
         base_T2B=projected.narrow(0, z_numbers, base_numbers).view(t, 2, b) if b else None,
         projected=projected,
-        w_Nq=w,
+        w_CNq=w,
         g_TB=g if b else None,
         # The neurons are read for the last time before the pairs' outputs are written.
         h_NF=_view(wide, n, sizes.width),
@@ -251,12 +259,13 @@ def _project_in(
 def _project_down(factors: Factors, sizes: LayerSizes, plan: Plan, scratch: _Scratch) -> None:
     """V down of every pair, and the gate-weighted sum of the base's neurons of every token."""
     routing, parts = scratch.routing, plan.w_parts
-    out = scratch.w_Nq.unsqueeze(0)
-    terms = _view(scratch.partial, parts, *scratch.w_Nq.shape) if parts > 1 else out
+    w_CNq = scratch.w_CNq
+    # Partial results lie as the sum will, so the sum does not need to know how.
+    terms = _view(scratch.partial, parts, *w_CNq.shape) if parts > 1 else w_CNq.unsqueeze(0)
     grouped_linear(
         scratch.h_NF,
         (factors.v_down_GQF,),
-        terms,
+        terms if len(w_CNq) > 1 else terms.squeeze(1),
         tile=plan.by_group.linear,
         block_m=plan.by_group.block_m,
         num_rows=sizes.num_pairs,
@@ -267,7 +276,8 @@ def _project_down(factors: Factors, sizes: LayerSizes, plan: Plan, scratch: _Scr
         top_k=sizes.top_k,
     )
     if parts > 1:
-        sum_rows(terms, scratch.w_Nq, num_terms=parts)
+        rows = sizes.num_pairs
+        sum_rows(terms.view(parts, rows, -1), w_CNq.view(rows, -1), num_terms=parts)
     if scratch.g_TB is not None:
         sum_rows(
             scratch.h_NF,

@@ -4,6 +4,9 @@ Both products of a tile live in registers until the activation is applied, so ga
 themselves never reach memory. `z` has one row per token if all slots share one V group, otherwise
 one per sorted position; `h` has one row per sorted position. What a base contributes to gate and
 up is the same for all slots, so it is added here from one row per token.
+
+In tensor parallelism `z` comes as an all-gather leaves it, one process's ranks after the other's,
+and is read from there: putting rows together would be a launch, and a pass over z.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ def _gate_up_work(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, A
     z, u, rows = args["z_ptr"], args["u_gate_ptr"], args["num_rows"]
     width, rank = args["width"], args["rank"]
     num_bytes = z.element_size() * (
-        2 * min(rows, u.shape[0]) * width * rank + 2 * z.shape[0] * rank + rows * width
+        2 * min(rows, u.shape[0]) * width * rank + 2 * z.shape[1] * rank + rows * width
     )
     if args["BASE"]:
         num_bytes += args["base_ptr"].nbytes
@@ -33,10 +36,11 @@ def _gate_up_work(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, A
 
 
 @triton.jit(
-    launch_metadata=_gate_up_work, do_not_specialize=["num_rows", "num_row_blocks", "top_k"]
+    launch_metadata=_gate_up_work,
+    do_not_specialize=["num_rows", "num_row_blocks", "top_k", "stride_shard"],
 )
 def gate_up_kernel(
-    z_ptr,  # (T or N, 2, R): gate, up
+    z_ptr,  # (C, T or N, 2, r): shards, gate and up; R = C * r
     u_gate_ptr,  # (S, F, R)
     u_up_ptr,  # (S, F, R)
     h_ptr,  # (N, F)
@@ -55,8 +59,11 @@ def gate_up_kernel(
     stride_u,
     stride_h,
     base_width,
+    shard_rank,  # r
+    stride_shard,
     TOKENS: tl.constexpr,
     BASE: tl.constexpr,
+    SHARDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -79,7 +86,7 @@ def gate_up_kernel(
         row = token
     n = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    z_tile = z_ptr + row.to(tl.int64)[:, None] * stride_z + k[None, :]
+    z_rows = z_ptr + row.to(tl.int64)[:, None] * stride_z
     u_tile = slot * stride_slot + n.to(tl.int64)[None, :] * stride_u + k[:, None]
     gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -87,9 +94,14 @@ def gate_up_kernel(
         inside = start + k < rank
         z_mask = is_row[:, None] & inside[None, :]
         u_mask = (n < width)[None, :] & inside[:, None]
-        z_gate = tl.load(z_tile + start, mask=z_mask, other=0.0)
+        column = start + k
+        z_tile = z_rows + column[None, :]
+        if SHARDED:
+            shard = (column // shard_rank).to(tl.int64)
+            z_tile = z_rows + (shard * stride_shard + column % shard_rank)[None, :]
+        z_gate = tl.load(z_tile, mask=z_mask, other=0.0)
         u_gate = tl.load(u_gate_ptr + u_tile + start, mask=u_mask, other=0.0)
-        z_up = tl.load(z_tile + stride_half + start, mask=z_mask, other=0.0)
+        z_up = tl.load(z_tile + stride_half, mask=z_mask, other=0.0)
         u_up = tl.load(u_up_ptr + u_tile + start, mask=u_mask, other=0.0)
         if UPCAST:
             z_gate, u_gate = z_gate.to(tl.float32), u_gate.to(tl.float32)
@@ -108,7 +120,7 @@ def gate_up_kernel(
 
 
 def gate_up(
-    z_M2R: torch.Tensor,
+    z_CM2r: torch.Tensor,
     u_gate_SFR: torch.Tensor,
     u_up_SFR: torch.Tensor,
     h_NF: torch.Tensor,
@@ -121,14 +133,21 @@ def gate_up(
 ) -> None:
     """Launch `gate_up_kernel`; rows of `h_NF` beyond the computed pairs are not written.
 
-    `base_T2B` is contiguous and is added to the first B neurons of every slot.
+    `z_CM2r` are C shards of the ranks; `base_T2B` is contiguous and is added to the first B
+    neurons of every slot.
     """
     _, width, rank = u_gate_SFR.shape
+    shards, _, _, shard_rank = z_CM2r.shape
+    if shards * shard_rank != rank:
+        raise ValueError(
+            f"moesvd: z of {shards} x {shard_rank} ranks for factors U of {rank}; "
+            "is an exchange between processes missing?"
+        )
     num_row_blocks = routing.slots_3B.shape[1]
     launching.launch(
         gate_up_kernel,
         (num_row_blocks * -(-width // tile.block_n),),
-        z_ptr=z_M2R,
+        z_ptr=z_CM2r,
         u_gate_ptr=u_gate_SFR,
         u_up_ptr=u_up_SFR,
         h_ptr=h_NF,
@@ -140,14 +159,17 @@ def gate_up(
         num_row_blocks=num_row_blocks,
         width=width,
         rank=rank,
-        stride_z=z_M2R.stride(0),
-        stride_half=z_M2R.stride(1),
+        stride_z=z_CM2r.stride(1),
+        stride_half=z_CM2r.stride(2),
         stride_slot=u_gate_SFR.stride(0),
         stride_u=u_gate_SFR.stride(1),
         stride_h=h_NF.stride(0),
         base_width=0 if base_T2B is None else base_T2B.shape[2],
+        shard_rank=shard_rank,
+        stride_shard=z_CM2r.stride(0),
         TOKENS=from_tokens,
         BASE=base_T2B is not None,
+        SHARDED=shards > 1,
         top_k=top_k,
         BLOCK_M=routing.slot_rows,
         BLOCK_N=tile.block_n,

@@ -5,7 +5,7 @@
 | V gate, V up       | tokens (one group)   | `p`          | 0     | z (T, 2, R)                |
 | V gate, V up       | positions            | token of `p` | group | z (N, 2, R)                |
 | base gate, base up | tokens               | `p`          | 0     | b (T, 2, B)                |
-| V down             | positions            | `p`          | group | w (N, Q)                   |
+| V down             | positions            | `p`          | group | w (N, Q), or (C, N, q)     |
 | U down             | positions            | `p`          | slot  | y (N, D), times the weight |
 | base down          | tokens               | `p`          | 0     | rows N to N + T of y       |
 
@@ -70,13 +70,20 @@ def _tile_of(pid, num_row_blocks, num_col_blocks, GROUP_M: tl.constexpr):
 
 @triton.jit(
     launch_metadata=_linear_work,
-    do_not_specialize=["num_rows", "num_row_blocks", "top_k", "stride_part", "more_rows"],
+    do_not_specialize=[
+        "num_rows",
+        "num_row_blocks",
+        "top_k",
+        "stride_part",
+        "more_rows",
+        "stride_shard",
+    ],
 )
 def linear_kernel(
     a_ptr,  # (*, depth) activations
     w_ptr,  # (keys, num_cols, depth)
     w_second_ptr,  # the same shape; the second half of the columns if HALVES is 2
-    out_ptr,  # (parts, rows, HALVES * num_cols); one part unless split
+    out_ptr,  # (parts, rows, HALVES * num_cols), or with SHARDED (parts, shards, rows, q)
     gate_ptr,  # (N,) fp32 by pair, read if GATED
     pair_ptr,  # (N,) int32, read if GATED or TOKENS
     blocks_ptr,  # (3, B) int32, read if TABLE
@@ -102,12 +109,15 @@ def linear_kernel(
     stride_more_a,
     stride_more_w,
     stride_more_out,
+    shard_cols,  # q
+    stride_shard,
     HALVES: tl.constexpr,
     TABLE: tl.constexpr,
     TOKENS: tl.constexpr,
     GATED: tl.constexpr,
     MORE_COLS: tl.constexpr,
     MORE_ROWS: tl.constexpr,
+    SHARDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -194,7 +204,10 @@ def linear_kernel(
     if MORE_ROWS:
         out_row += tl.where(block < first_row_block, num_rows, 0)
     out = out_ptr + part.to(tl.int64) * stride_part + half * num_cols
-    out = out + out_row[:, None] * stride_out + n[None, :]
+    column = n
+    if SHARDED:
+        column = (n // shard_cols).to(tl.int64) * stride_shard + n % shard_cols
+    out = out + out_row[:, None] * stride_out + column[None, :]
     mask = is_row[:, None] & (n < num_cols)[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -217,7 +230,10 @@ def grouped_linear(
     from_tokens: bool = False,
     more: MoreColumns | MoreRows | None = None,
 ) -> None:
-    """Launch `linear_kernel` on one or two matrices per key; `out` [parts, rows, columns].
+    """Launch `linear_kernel` on one or two matrices per key.
+
+    `out` is [parts, rows, columns], or [parts, shards, rows, q] where columns are shards of q: as
+    a reduce-scatter between processes takes them, without a copy.
 
     Without `blocks_3B` the rows are those of `a` and there is one key. `gate_N` multiplies each
     row. `from_tokens` reads the row of the position's token instead of the position's own.
@@ -232,6 +248,7 @@ def grouped_linear(
     more_rows, more_depth = rows.a.shape if rows else (0, 0)
     col_blocks = -(-num_cols // tile.block_n) + -(-more_cols // tile.block_n)
     row_blocks = num_row_blocks + -(-more_rows // block_m)
+    shard_cols, stride_shard = (out.shape[3], out.stride(1)) if out.dim() == 4 else (0, 0)
     more_w = columns.w if columns else ((rows.w,) if rows else None)
     launching.launch(
         linear_kernel,
@@ -256,7 +273,7 @@ def grouped_linear(
         stride_a=a.stride(0),
         stride_key=w[0].stride(0),
         stride_w=w[0].stride(1),
-        stride_out=out.stride(1),
+        stride_out=out.stride(-2),
         stride_part=out.stride(0),
         more_rows=more_rows,
         more_cols=more_cols,
@@ -264,12 +281,15 @@ def grouped_linear(
         stride_more_a=rows.a.stride(0) if rows else 0,
         stride_more_w=more_w[0].stride(0) if more_w else 0,
         stride_more_out=columns.out.stride(1) if columns else 0,
+        shard_cols=shard_cols,
+        stride_shard=stride_shard,
         HALVES=len(w),
         TABLE=blocks_3B is not None,
         TOKENS=from_tokens,
         GATED=gate_N is not None,
         MORE_COLS=columns is not None,
         MORE_ROWS=rows is not None,
+        SHARDED=shard_cols > 0,
         top_k=top_k,
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,

@@ -107,6 +107,6 @@ def call_without_data(
         slots,
         table,
         scratch,
-        exchange_z=(lambda z: z.new_empty(z.shape[0], 2, r)) if tp > 1 else None,
-        exchange_w=(lambda w: w.new_empty(w.shape[0], q // tp)) if tp > 1 else None,
+        exchange_z=(lambda z: z.new_empty(tp, *z.shape)) if tp > 1 else None,
+        exchange_w=(lambda w: w.new_empty(w.shape[1:])) if tp > 1 else None,
     )

@@ -32,10 +32,12 @@ TALL_TILE_INSTRUCTION = {
 
 def programs(arch: str) -> list[Launch]:
     """One launch for each different program of the four models in every form; DeepSeek-V3 with 8
-    groups too, and a base whose slots have V groups of their own."""
+    groups too, a base whose slots have V groups of their own, and two models on 8 processes."""
     layers = [real_sizes(model, form) for model in REAL_MODELS.values() for form in FORMS]
     layers.append(real_sizes(REAL_MODELS["DeepSeek-V3"], num_groups=8))
     layers.append(real_sizes(REAL_MODELS["Qwen3-30B-A3B"], "base-delta", num_groups=128))
+    layers.append(real_sizes(REAL_MODELS["Mixtral-8x7B"], tp_size=8))
+    layers.append(real_sizes(REAL_MODELS["Qwen3-30B-A3B"], "base-delta", tp_size=8))
     table = tile_table(arch, 2)
     launches = [launch for s in layers for t in BATCHES for launch in launches_of(s, t, table)]
     return list({launch.identity: launch for launch in launches}.values())

@@ -25,6 +25,7 @@ def scratch(*wanted: ShapeAndType) -> list[torch.Tensor]:
 def built_layer(monkeypatch: pytest.MonkeyPatch, spec: FactoredSpec, tp_size: int) -> Any:
     """The method and its layer on the meta device, where a GPU is said to be."""
     from vllm_moesvd import layer as module
+    from vllm_moesvd.base_delta import BaseDeltaMoEMethod
 
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS))
     manager = SimpleNamespace(get_simultaneous=scratch)
@@ -33,14 +34,20 @@ def built_layer(monkeypatch: pytest.MonkeyPatch, spec: FactoredSpec, tp_size: in
     monkeypatch.setattr(module.kernels, "can_run", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(tiles, "device_arch", lambda index: "sm_90")
     monkeypatch.setattr(
-        module, "_gather_ranks", lambda z: z.new_empty(*z.shape[:-1], z.shape[-1] * tp_size)
+        module,
+        "tensor_model_parallel_all_gather",
+        lambda z, dim: z.new_empty(tp_size * len(z), *z.shape[1:]),
     )
     monkeypatch.setattr(
-        module, "_scatter_ranks", lambda w: w.new_empty(w.shape[0], w.shape[1] // tp_size)
+        module,
+        "tensor_model_parallel_reduce_scatter",
+        lambda w, dim: w.new_empty(len(w) // tp_size, *w.shape[1:]),
     )
     moe: Any = SimpleNamespace(tp_size=tp_size, tp_rank=0, experts_per_token=2)
-    method = module.FactoredMoEMethod(moe, spec, replicate=False)
+    is_base = spec.base_width > 0
+    method = (BaseDeltaMoEMethod if is_base else module.FactoredMoEMethod)(moe, spec, False)
     layer = torch.nn.Module()
+    layer.local_rows = None
     with torch.device("meta"):
         method.create_weights(layer, 4, HIDDEN, WIDTH // tp_size, torch.bfloat16)
     return method, layer
@@ -66,6 +73,34 @@ def test_apply_launches_the_kernels(monkeypatch: pytest.MonkeyPatch, tp_size: in
     assert align.arguments["rank_ptr"] is layer.rank_E
     assert gate_up.arguments["rank"] == 24
     assert gate_up.arguments["u_up_ptr"] is layer.u_up
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_apply_launches_the_kernels_with_the_base(
+    monkeypatch: pytest.MonkeyPatch, tp_size: int
+) -> None:
+    from vllm_moesvd import base_delta
+
+    monkeypatch.setattr(base_delta, "rank_multiple", lambda: 16)
+    spec = FactoredSpec(
+        rank_gate_up=24, rank_down=18, expert_slot=(0, 1, 1, 2), slot_group=(0, 0, 0),
+        base_width=37, form="base-delta",
+    )  # fmt: skip
+    method, layer = built_layer(monkeypatch, spec, tp_size)
+    width = 48 if tp_size == 1 else WIDTH // 2
+    assert layer.base_down.shape == (HIDDEN, width)
+    x_TD = torch.empty(5, HIDDEN, dtype=torch.bfloat16, device="meta")
+    weights_TK = torch.empty(5, 2, device="meta")
+    with recording() as launches:
+        method.apply(layer, x_TD, weights_TK, weights_TK.int(), None, None)
+    v, *_, u_down = (x.arguments for x in launches if x.kernel.__name__ == "linear_kernel")
+    assert v["more_w_ptr"] is layer.base_gate
+    assert v["more_second_ptr"] is layer.base_up
+    assert v["more_cols"] == width
+    assert u_down["more_w_ptr"] is layer.base_down
+    with recording() as warm_up:
+        method.process_weights_after_loading(layer)
+    assert {launch.identity for launch in launches} <= {launch.identity for launch in warm_up}
 
 
 def test_loading_ends_with_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
