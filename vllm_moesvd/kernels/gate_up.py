@@ -37,7 +37,7 @@ def _gate_up_work(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, A
 
 @triton.jit(
     launch_metadata=_gate_up_work,
-    do_not_specialize=["num_rows", "num_row_blocks", "top_k", "stride_shard"],
+    do_not_specialize=["num_rows", "num_row_blocks", "top_k"],
 )
 def gate_up_kernel(
     z_ptr,  # (C, T or N, 2, r): shards, gate and up; R = C * r
@@ -91,14 +91,14 @@ def gate_up_kernel(
     gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, rank, BLOCK_K):
-        inside = start + k < rank
-        z_mask = is_row[:, None] & inside[None, :]
-        u_mask = (n < width)[None, :] & inside[:, None]
         column = start + k
+        inside = column < rank
         z_tile = z_rows + column[None, :]
         if SHARDED:
             shard = (column // shard_rank).to(tl.int64)
             z_tile = z_rows + (shard * stride_shard + column % shard_rank)[None, :]
+        z_mask = is_row[:, None] & inside[None, :]
+        u_mask = (n < width)[None, :] & inside[:, None]
         z_gate = tl.load(z_tile, mask=z_mask, other=0.0)
         u_gate = tl.load(u_gate_ptr + u_tile + start, mask=u_mask, other=0.0)
         z_up = tl.load(z_tile + stride_half, mask=z_mask, other=0.0)

@@ -32,7 +32,7 @@ def _sum_work(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
 
 @triton.jit(
     launch_metadata=_sum_work,
-    do_not_specialize=["num_rows", "num_terms", "stride_term", "own_row"],
+    do_not_specialize=["num_rows", "num_terms", "own_row"],
 )
 def sum_kernel(
     in_ptr,  # GATHER: rows by sorted position (and own rows); otherwise (num_terms, rows, C)

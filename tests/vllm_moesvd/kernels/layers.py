@@ -39,7 +39,8 @@ def real_sizes(
 
     Form `svd` has a group for every expert, the others `num_groups`.
     """
-    rank, rank_down = model.ranks(0.4, form)
+    multiple = 16 * tp_size  # As the layer pads its ranks on a GPU.
+    rank, rank_down = (-(-r // multiple) * multiple for r in model.ranks(0.4, form))
     if form == "svd":
         num_groups = model.num_experts
     return Sizes(
