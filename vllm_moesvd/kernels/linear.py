@@ -70,14 +70,7 @@ def _tile_of(pid, num_row_blocks, num_col_blocks, GROUP_M: tl.constexpr):
 
 @triton.jit(
     launch_metadata=_linear_work,
-    do_not_specialize=[
-        "num_rows",
-        "num_row_blocks",
-        "top_k",
-        "stride_part",
-        "more_rows",
-        "stride_shard",
-    ],
+    do_not_specialize=["num_rows", "num_row_blocks", "top_k", "more_rows"],
 )
 def linear_kernel(
     a_ptr,  # (*, depth) activations
