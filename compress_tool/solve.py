@@ -27,6 +27,7 @@ from compress_tool.factorize.problem import (
 )
 from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import SharedSolution, solve_shared_v
+from compress_tool.factorize.side_by_side import num_workers
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from compress_tool.factors import LatentFactors, LayerFactors, NarrowFactors, SharedFactors
 from compress_tool.fisher import fisher_base
@@ -71,12 +72,12 @@ def layer_problem(
     device: str,
     directory: Path | None = None,
 ) -> LayerProblem:
-    """The solver's view of one dense layer; at most two experts are kept in memory.
+    """The solver's view of one dense layer; one expert more than are worked on is kept in memory.
 
     `directory` is where the calibration is: d2-moe with the Fisher base reads it there.
     """
 
-    @lru_cache(maxsize=2)
+    @lru_cache(maxsize=num_workers(checkpoint.shape, device) + 1)
     def experts(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gate_FD, up_FD, down_DF = folded_expert(checkpoint, layer, expert)
         return gate_FD.to(device), up_FD.to(device), down_DF.to(device)
@@ -105,7 +106,7 @@ def solve_layer(
     `drift_TD` is what the refit has to make up for beside the layer's own output (`trajectory`).
     Raises NumericsError if a factor or the layer's output is not finite.
     """
-    y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
+    y_TD = routed_output(problem.statistics, problem.experts, problem.activation, problem.workers)
     _check_finite(layer, {"the dense output": y_TD})
     factors, entry = _closed_form(recipe, spec, problem, y_TD)
     predicted = entry["predicted_loss"]
@@ -139,7 +140,7 @@ def stored_output(problem: LayerProblem, factors: LayerFactors) -> torch.Tensor:
     def stored(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return folded_factors(factors, expert, dtype)
 
-    y_TD = routed_output(problem.statistics, stored, problem.activation)
+    y_TD = routed_output(problem.statistics, stored, problem.activation, problem.workers)
     if isinstance(factors, LatentFactors) and factors.bias_D is not None:
         y_TD += factors.bias_D.to(dtype).float().cpu()
     return y_TD

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from compress_tool.factorize.problem import LayerProblem, energy
-from compress_tool.factorize.products import moment
+from compress_tool.factorize.products import leading, moment, product, product_dtype
 from compress_tool.factorize.row_weights import row_weights
 from compress_tool.factorize.shared_basis import solve_shared_basis
-from compress_tool.factorize.whitening import solve_spd, symmetric_eigen, tail_share
+from compress_tool.factorize.shared_v import pooled_inputs
+from compress_tool.factorize.side_by_side import side_by_side
+from compress_tool.factorize.whitening import solve_spd, tail_share
 from compress_tool.factors import LatentFactors
 
 
@@ -63,16 +65,24 @@ def solve_latent(
         row_weights=(lambda expert: torch.cat(row_weights(problem, expert)))
         if weigh_rows
         else None,
+        pooled=pooled_inputs(problem, experts),
+        workers=problem.workers,
     )
     mean_D = y_TD.double().mean(dim=0) if centre else None
     centred_TD = y_TD if mean_D is None else y_TD.double() - mean_D
     moment_DD = moment(centred_TD.to(problem.device))
-    spectrum_D, vectors_DD = symmetric_eigen(moment_DD)
-    q_DR = vectors_DD[:, :rank_down].to(problem.store_dtype).double()
+    dtype = product_dtype(len(moment_DD))
+    spectrum_D, vectors_DR = leading(moment_DD, rank_down, dtype)
+    q_DR = vectors_DR.to(problem.store_dtype).double()
     # Q was rounded: least squares against the stored values, not the transpose.
     project_RD = solve_spd(q_DR.T @ q_DR, q_DR.T)
     bias_D = None if mean_D is None else _bias(mean_D.to(q_DR.device), q_DR, project_RD)
-    down = [(project_RD @ problem.experts(expert)[2].double()).float() for expert in experts]
+
+    def core(expert: int) -> torch.Tensor:
+        down_FD = problem.experts(expert)[2].to(dtype).T.contiguous()
+        return product(project_RD.to(dtype), down_FD).float()
+
+    down = list(side_by_side(core, experts, problem.workers))
     total = energy(y_TD)
     tail = tail_share(spectrum_D, rank_down) * spectrum_D.clamp(min=0).sum().item()
     return LatentSolution(

@@ -17,6 +17,7 @@ from typing import Final
 import torch
 
 from compress_tool.factorize.problem import LayerProblem
+from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factorize.whitening import damped, gram, solve_spd
 from compress_tool.factors import NarrowFactors
 
@@ -44,19 +45,30 @@ def solve_narrow(problem: LayerProblem, widths: Sequence[int]) -> list[NarrowSol
     parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in widths]
     energy = 0.0
     lost = [0.0 for _ in widths]
-    for expert in range(problem.shape.num_experts):
+
+    def solved(expert: int) -> tuple[list[tuple[torch.Tensor, ...]], list[float], float]:
         gate_FD, up_FD, down_DF = problem.experts(expert)
         moment_FF = damped(_neuron_moment(problem, expert), NEURON_DAMPING)
         order_F = removal_order(moment_FF, down_DF.double())
         target_FD = moment_FF @ down_DF.double().T
-        total = (target_FD * down_DF.double().T).sum().item()
-        energy += total
-        for index, width in enumerate(widths):
+        total = float((target_FD * down_DF.double().T).sum())
+        factors: list[tuple[torch.Tensor, ...]] = []
+        missed: list[float] = []
+        for width in widths:
             keep = order_F[:width].sort().values
             inner = moment_FF[keep][:, keep]
             narrowed_FD = solve_spd(inner, target_FD[keep])
-            lost[index] += max(0.0, total - (narrowed_FD * target_FD[keep]).sum().item())
-            parts[index].append((gate_FD[keep], up_FD[keep], narrowed_FD.T.float()))
+            missed.append(max(0.0, total - (narrowed_FD * target_FD[keep]).sum().item()))
+            factors.append((gate_FD[keep], up_FD[keep], narrowed_FD.T.float()))
+        return factors, missed, total
+
+    for narrowed, missed, total in side_by_side(
+        solved, range(problem.shape.num_experts), problem.workers
+    ):
+        energy += total
+        for index in range(len(widths)):
+            lost[index] += missed[index]
+            parts[index].append(narrowed[index])
     solutions = []
     for index in range(len(widths)):
         gate, up, down = (torch.stack(tensors) for tensors in zip(*parts[index], strict=True))

@@ -18,6 +18,7 @@ import torch
 from compress_tool.errors import NumericsError
 from compress_tool.factorize.problem import LayerProblem
 from compress_tool.factorize.shared_v import SharedSolution
+from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factorize.whitening import damped, gram, symmetric_eigen, tail_share
 from compress_tool.factors import SharedFactors
 from vllm_moesvd.format import PROJECTIONS, Projection
@@ -60,15 +61,20 @@ def solve_per_expert(
     """Factor one layer expert by expert: ASVD with this `alpha`, or SVD-LLM with None."""
     experts = tuple(range(problem.shape.num_experts))
     parts: dict[Projection, list[Truncated]] = {projection: [] for projection in PROJECTIONS}
-    for expert in experts:
+
+    def solved(expert: int) -> list[Truncated]:
         input_gram = _input_gram(problem.input_rows(expert, gated=False), alpha)
         neuron_gram = _input_gram(problem.neuron_rows(expert, gated=False), alpha)
-        for projection, weight in zip(PROJECTIONS, problem.experts(expert), strict=True):
-            is_down = projection == "down"
-            rank = rank_down if is_down else rank_gate_up
-            own_gram = neuron_gram if is_down else input_gram
-            parts[projection].append(truncate(weight.double(), own_gram, rank))
+        grams = input_gram, input_gram, neuron_gram
+        ranks = rank_gate_up, rank_gate_up, rank_down
+        return [
+            truncate(weight.double(), own_gram, rank)
+            for weight, own_gram, rank in zip(problem.experts(expert), grams, ranks, strict=True)
+        ]
 
+    for found in side_by_side(solved, experts, problem.workers):
+        for projection, part in zip(PROJECTIONS, found, strict=True):
+            parts[projection].append(part)
     return stacked_solution(parts, rank_gate_up, rank_down)
 
 

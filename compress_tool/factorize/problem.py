@@ -9,6 +9,7 @@ import torch
 from torch import split
 
 from compress_tool.factorize.products import product, products
+from compress_tool.factorize.side_by_side import num_workers, side_by_side
 from compress_tool.layer_stats import LayerStatistics
 from vllm_moesvd.format import MoEShape
 
@@ -51,27 +52,46 @@ class LayerProblem:
         gate_FD, up_FD, _ = self.experts(expert)
         token_n, gate_n = self.statistics.tokens_of(expert)
         x_nD = self.statistics.x_TD[token_n].float().to(self.device)
-        h_nF = self.activation(x_nD @ gate_FD.T) * (x_nD @ up_FD.T)
-        return h_nF * gate_n.float().to(self.device)[:, None] if gated else h_nF
+        gate_nF, up_nF = products(x_nD, (gate_FD, up_FD))
+        h_nF = self.activation(gate_nF).mul_(up_nF)
+        return h_nF.mul_(gate_n.float().to(self.device)[:, None]) if gated else h_nF
+
+    @property
+    def workers(self) -> int:
+        """How many experts a solver works on side by side."""
+        return num_workers(self.shape, self.device)
 
 
 def routed_output(
-    statistics: LayerStatistics, experts: Callable[[int], ExpertWeights], activation: Activation
+    statistics: LayerStatistics,
+    experts: Callable[[int], ExpertWeights],
+    activation: Activation,
+    workers: int = 1,
 ) -> torch.Tensor:
-    """y = Σ_e g_e W2_e h_e over the routed experts of every token; fp32 [T, D], on the CPU."""
+    """y = Σ_e g_e W2_e h_e over the routed experts of every token; fp32 [T, D], on the CPU.
+
+    `workers` experts at once; they are summed in their order whatever the number.
+    """
     y_TD = torch.zeros(statistics.x_TD.shape, dtype=torch.float32)
-    for expert in range(statistics.num_experts):
+
+    def chunks(expert: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         token_n, gate_n = statistics.tokens_of(expert)
         if token_n.numel() == 0:
-            continue
+            return []
         gate_FD, up_FD, down_DF = experts(expert)
-        for start in range(0, token_n.numel(), TOKEN_CHUNK):
-            token_c = token_n[start : start + TOKEN_CHUNK]
+        found = []
+        for token_c, gate_c in zip(
+            split(token_n, TOKEN_CHUNK), split(gate_n, TOKEN_CHUNK), strict=True
+        ):
             x_cD = statistics.x_TD[token_c].float().to(gate_FD.device)
             gate_cF, up_cF = products(x_cD, (gate_FD, up_FD))
-            y_cD = product(activation(gate_cF) * up_cF, down_DF).cpu()
-            weight_c1 = gate_n[start : start + TOKEN_CHUNK].float()[:, None]
-            y_TD.index_add_(0, token_c, y_cD * weight_c1)
+            y_cD = product(activation(gate_cF).mul_(up_cF), down_DF).cpu()
+            found.append((token_c, y_cD.mul_(gate_c.float()[:, None])))
+        return found
+
+    for found in side_by_side(chunks, range(statistics.num_experts), workers):
+        for token_c, y_cD in found:
+            y_TD.index_add_(0, token_c, y_cD)
     return y_TD
 
 

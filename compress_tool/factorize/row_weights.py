@@ -12,6 +12,9 @@ from compress_tool.factorize.products import products
 SMALLEST_WEIGHT: Final = 1e-3
 """Of the mean: a neuron that never fired on the calibration text keeps a little of its shape."""
 
+SAMPLED_TOKENS: Final = 1024
+"""Of an expert: its weights are averages over tokens, and decide no more than an order of rows."""
+
 
 RowSensitivity = tuple[torch.Tensor, torch.Tensor]
 """Weights of the rows of gate and of up, fp64 [F] each."""
@@ -52,10 +55,12 @@ class RowWeights:
 
 
 def row_weights(problem: LayerProblem, expert: int) -> RowSensitivity:
-    """The weights of one expert over the tokens routed to it."""
+    """The weights of one expert over the tokens routed to it, of many over an even sample."""
     gate_FD, up_FD, down_DF = problem.experts(expert)
     sums = RowWeights(down_DF)
     token_n, gate_n = problem.statistics.tokens_of(expert)
+    apart = max(1, len(token_n) // SAMPLED_TOKENS)
+    token_n, gate_n = token_n[::apart], gate_n[::apart]
     for token_c, gate_c in zip(
         torch.split(token_n, TOKEN_CHUNK), torch.split(gate_n, TOKEN_CHUNK), strict=True
     ):

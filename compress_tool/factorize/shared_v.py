@@ -6,13 +6,21 @@ with every expert in a group of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from compress_tool.factorize.problem import LayerProblem
+from compress_tool.factorize.products import CHUNK_ROWS, moment
 from compress_tool.factorize.row_weights import RowSensitivity, row_weights
-from compress_tool.factorize.shared_basis import Pooled, SharedBasis, pool, solve_shared_basis
+from compress_tool.factorize.shared_basis import (
+    Pooled,
+    SharedBasis,
+    pooled_from,
+    solve_shared_basis,
+)
+from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factors import SharedFactors
 from vllm_moesvd.format import PROJECTIONS, Projection
 
@@ -54,7 +62,10 @@ def solve_shared_v(
     num_experts = problem.shape.num_experts
     sensitive: dict[int, RowSensitivity] = {}
     if weigh_rows:
-        sensitive = {expert: row_weights(problem, expert) for expert in range(num_experts)}
+        found = side_by_side(
+            lambda expert: row_weights(problem, expert), range(num_experts), problem.workers
+        )
+        sensitive = dict(enumerate(found))
     slot_group = contiguous_groups(num_experts, num_groups)
     ranks: dict[Projection, int] = {
         "gate": rank_gate_up,
@@ -64,7 +75,7 @@ def solve_shared_v(
     solved: dict[Projection, list[SharedBasis]] = {projection: [] for projection in PROJECTIONS}
     for group in range(num_groups):
         members = _members(slot_group, group)
-        inputs = pool(members, problem.input_rows)
+        inputs = pooled_inputs(problem, members)
         for projection in PROJECTIONS:
             pooled = None if projection == "down" else inputs
             basis = _solve_group(problem, projection, members, ranks[projection], pooled, sensitive)
@@ -100,6 +111,32 @@ def solve_shared_v(
     )
 
 
+def pooled_inputs(problem: LayerProblem, members: Sequence[int]) -> Pooled:
+    """`pool(members, problem.input_rows)` in one pass over the tokens.
+
+    A token adds x xᵀ once, with the squares of all gates that send it to a member.
+    """
+    statistics = problem.statistics
+    weight_TK = statistics.gate_TK.double().square()
+    if len(members) < statistics.num_experts:
+        is_member_E = torch.zeros(statistics.num_experts, dtype=torch.bool)
+        is_member_E[list(members)] = True
+        weight_TK = weight_TK * is_member_E[statistics.index_TK]
+    scale_T = weight_TK.sum(dim=1).sqrt().float()
+    total_DD: torch.Tensor | None = None
+    for x_cD, scale_c in zip(
+        torch.split(statistics.x_TD, CHUNK_ROWS), torch.split(scale_T, CHUNK_ROWS), strict=True
+    ):
+        rows_cD = x_cD.float().to(problem.device) * scale_c.to(problem.device)[:, None]
+        part_DD = moment(rows_cD)
+        total_DD = part_DD if total_DD is None else total_DD.add_(part_DD)
+    assert total_DD is not None, "there are calibration tokens"
+    trace_E = statistics.traces_E()
+    traces = {member: float(trace_E[member]) for member in members}
+    num_rows = int(statistics.counts_E[list(members)].sum())
+    return pooled_from(total_DD, num_rows, traces)
+
+
 def _members(slot_group: tuple[int, ...], group: int) -> list[int]:
     return [expert for expert, own in enumerate(slot_group) if own == group]
 
@@ -122,6 +159,7 @@ def _solve_group(
         store_dtype=problem.store_dtype,
         row_weights=(lambda expert: sensitive[expert][position]) if weighs else None,
         pooled=pooled,
+        workers=problem.workers,
     )
 
 

@@ -39,7 +39,7 @@ from compress_tool.factorize.products import (
 )
 from compress_tool.factorize.row_weights import RowWeights
 from compress_tool.factorize.shared_v import SharedSolution
-from compress_tool.factorize.side_by_side import num_workers, side_by_side
+from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factorize.whitening import DAMPING, orthonormal_rows, solve_spd, tail_share
 from vllm_moesvd.format import PROJECTIONS, Projection
 
@@ -103,8 +103,7 @@ def solve_weighted_svd(
     def solved(expert: int) -> tuple[Truncated, Truncated, Truncated]:
         return _solve_expert(problem, expert, rank_gate_up, rank_down, weigh_rows, follow)
 
-    workers = num_workers(problem.shape, problem.device)
-    for found in side_by_side(solved, range(problem.shape.num_experts), workers):
+    for found in side_by_side(solved, range(problem.shape.num_experts), problem.workers):
         for projection, part in zip(PROJECTIONS, found, strict=True):
             parts[projection].append(part)
     return stacked_solution(parts, rank_gate_up, rank_down)

@@ -38,16 +38,6 @@ def damped(gram_DD: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     return gram_DD + damping * mean * eye_DD
 
 
-def square_roots(gram_DD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Symmetric square root, inverse square root, and eigenvalues of a damped Gram."""
-    values_D, vectors_DD = symmetric_eigen(gram_DD)
-    # Below this share of the largest eigenvalue an fp64 eigenvalue is rounding noise.
-    floor = values_D[0] * gram_DD.shape[0] * torch.finfo(torch.float64).eps
-    root_D = values_D.clamp(min=floor).sqrt()
-    root_DD = (vectors_DD * root_D) @ vectors_DD.T
-    return root_DD, (vectors_DD / root_D) @ vectors_DD.T, values_D
-
-
 def symmetric_eigen(matrix_DD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, largest first, and eigenvectors as columns; raises NumericsError on NaN/Inf.
 

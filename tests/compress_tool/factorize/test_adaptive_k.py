@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_tool.factorize.adaptive_k import adaptive_k, coverage_loss, planned_k
@@ -33,6 +33,7 @@ def test_a_u_is_kept_while_it_weighs_more_than_the_price_times_the_mean():
     assert adaptive_k(frequency, heavy, PAPER, 0.41) == 4
 
 
+@settings(deadline=None)
 @given(counts=COUNTS, data=st.data(), groups=st.integers(1, 2))
 def test_k_falls_as_a_u_gets_dearer(counts: list[int], data, groups: int):
     frequency = torch.tensor(counts, dtype=torch.float64)
@@ -47,6 +48,7 @@ def test_k_falls_as_a_u_gets_dearer(counts: list[int], data, groups: int):
     assert stored[-1] == fewest
 
 
+@settings(deadline=None)
 @given(counts=COUNTS, k=st.integers(1, 9), groups=st.integers(1, 2))
 def test_the_plan_s_slots_tell_k(counts: list[int], k: int, groups: int):
     frequency = torch.tensor(counts, dtype=torch.float64)
