@@ -240,6 +240,9 @@ def _latent_arguments(spec: LatentSpec, call: dict[str, Any], replicate: bool) -
             dtype=dtype,
             prefix=f"{prefix}.routed_output_transform",
             replicate=replicate,
+            reduces_late=not replicate
+            or call.get("shared_experts") is not None
+            or not call.get("reduce_results", True),
         ),
     }
 
