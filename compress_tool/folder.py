@@ -70,7 +70,8 @@ def contained_file(root: Path, name: str) -> Path:
         raise InputError(f"{file}: missing; download the checkpoint again") from None
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"{root / show(name)}: cannot be opened: {error}") from None
-    if not target.is_relative_to(root) and not _same_hub_cache(root, target):
+    whole_root = root.resolve()
+    if not target.is_relative_to(whole_root) and not _same_hub_cache(whole_root, target):
         raise InputError(
             f"{file}: a link that leaves the checkpoint folder (to {target}); "
             "copy the file into the folder"

@@ -66,9 +66,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(source: Path, tmp_path: Path, mo
         assert digests(out) == digests(tmp_path / "whole")
 
 
-def test_another_ratio_measures_nothing_again(source: Path, tmp_path: Path, monkeypatch):
+def test_another_ratio_measures_nothing_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Probes lie with the statistics; `plan --stats` then names what `run` does, at once."""
-    stats = tmp_path / "stats"
+    monkeypatch.chdir(tmp_path)
+    stats = Path("stats")  # relative, as users type it
     with pytest.raises(InputError, match="no finished measurements"):
         forecast(source, RECIPE, stats)
     run(source, tmp_path / "a", RECIPE, progress=quiet, statistics=stats)
