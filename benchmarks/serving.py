@@ -2,7 +2,8 @@
 
 A dense engine and a compressed one are alive together and take turns, a fraction of a second each,
 so that what else the machine does hits both; seconds are CPU seconds; the ratio of each turn's
-medians is taken, and the median over turns is the number. `make bench-serving` runs it and writes docs/serving.md.
+medians is taken, and the median over turns is the number. `make bench-serving` runs it and writes
+docs/serving.md.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from vllm.utils.math_utils import round_up
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_moesvd import kernels, ops
+from vllm_moesvd.cpu_packed import PackedLayer, pack_layer
 from vllm_moesvd.expert_parallel import LocalRows, local_experts
 from vllm_moesvd.format import FactoredSpec
 from vllm_moesvd.kernels.slots import SlotTable, rank_slots
@@ -73,6 +74,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         super().__init__(moe)
         self.spec = spec
         self.is_warm = False
+        self.packed: PackedLayer | None = None
         self.is_sharded = moe.tp_size > 1 and not replicate
         self.max_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
 
@@ -129,6 +131,8 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
         Once: when weights are reloaded the layer's tables are not filled at this point.
         """
+        if layer.v_gate.device.type == "cpu" and not self.is_sharded:
+            self.packed = pack_layer(layer, self.spec.slot_group)
         if self.is_warm or not kernels.can_run(layer.v_gate):
             return
         self.is_warm = True
@@ -154,6 +158,8 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Output [T, D] of the routed experts; a partial sum for the runner's all-reduce."""
         if kernels.can_run(x):
             return self._apply_kernels(layer, x, topk_weights, topk_ids)
+        if self.packed is not None:
+            return self.packed(x, *self._slots(layer, topk_ids, topk_weights))
         return self._apply_operators(layer, x, topk_weights, topk_ids)
 
     def _apply_operators(
