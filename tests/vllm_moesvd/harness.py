@@ -40,14 +40,14 @@ def engine_config(path: Path, **arguments: Any) -> VllmConfig:
 
 def build_model(config: VllmConfig) -> torch.nn.Module:
     """The model with uninitialised weights, as it is before loading."""
-    _initialize_distributed(config)
+    initialize_distributed(config)
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         return initialize_model(config)
 
 
 def load_model(config: VllmConfig) -> torch.nn.Module:
     """The model with the weights of its checkpoint, ready to run."""
-    _initialize_distributed(config)
+    initialize_distributed(config)
     # vLLM's CPU worker replaces this function too; without an accelerator it raises.
     with (
         set_current_vllm_config(config),
@@ -73,6 +73,6 @@ def join_processes(config: VllmConfig, *, rank: int, tp_size: int, store: Path) 
         ensure_model_parallel_initialized(tp_size, 1)
 
 
-def _initialize_distributed(config: VllmConfig) -> None:
+def initialize_distributed(config: VllmConfig) -> None:
     if not model_parallel_is_initialized():
         join_processes(config, rank=0, tp_size=1, store=Path(tempfile.mkdtemp()) / "store")
