@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from vllm.utils.math_utils import round_up
 
 from vllm_moesvd.base_delta import BASE, BaseDeltaRoutedExperts
-from vllm_moesvd.expert_parallel import CpuLocalExperts
+from vllm_moesvd.cpu_experts import CpuExperts
 from vllm_moesvd.format import PROJECTIONS, FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 from vllm_moesvd.latent import LatentOutput, latent_input
 from vllm_moesvd.layer import FACTORS, FactoredRoutedExperts
@@ -174,7 +174,9 @@ def _arguments(spec: LayerSpec, call: dict[str, Any], replicate: bool) -> dict[s
             "routed_experts_args": {"spec": spec, "replicate": replicate},
         }
     width = round_up(spec.width, KERNEL_MULTIPLE * tp_size)
-    arguments = {"intermediate_size": width} | _dense_arguments()
+    arguments: dict[str, Any] = {"intermediate_size": width}
+    if current_platform.is_cpu():
+        arguments["routed_experts_cls"] = CpuExperts
     if isinstance(spec, NarrowSpec):
         return arguments
     return arguments | _latent_arguments(spec, call, replicate)
@@ -192,9 +194,10 @@ def _splits_experts() -> bool:
 
 
 def _dense_arguments() -> dict[str, Any]:
-    """What experts that vLLM computes itself need beside what the model says of them."""
+    """What the experts of a dense layer need beside what the model says of them."""
     if current_platform.is_cpu() and _splits_experts():
-        return {"routed_experts_cls": CpuLocalExperts}
+        # vLLM's own would read weights out of bounds.
+        return {"routed_experts_cls": CpuExperts}
     return {}
 
 

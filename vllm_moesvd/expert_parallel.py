@@ -9,10 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from vllm_moesvd.format import FactoredSpec
 
@@ -48,31 +44,3 @@ def local_experts(spec: FactoredSpec, expert_map: Sequence[int]) -> tuple[Factor
         slot_group=tuple(groups.index(spec.slot_group[slot]) for slot in slots),
     )
     return renumbered, LocalRows(slots=tuple(slots), groups=tuple(groups))
-
-
-class CpuLocalExperts(RoutedExperts):  # type: ignore[misc]
-    """vLLM's routed experts for expert parallelism on a CPU.
-
-    Its CPU kernel is not told about the expert map and reads out of bounds (a crash in
-    `cpu_fused_moe`). Here the pairs of other processes become pairs of the first local expert with
-    weight zero: right numbers, at the cost of computing them.
-    """
-
-    def forward_modular(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any = None,
-        shared_experts_input: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Partial output [T, D] of the experts of this process."""
-        local_TK = self._expert_map[topk_ids.long()]
-        output_TD: torch.Tensor = super().forward_modular(
-            x,
-            torch.where(local_TK >= 0, topk_weights, 0),
-            local_TK.clamp(min=0).to(topk_ids.dtype),
-            shared_experts,
-            shared_experts_input,
-        )
-        return output_TD

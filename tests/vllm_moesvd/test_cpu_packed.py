@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from tests.vllm_moesvd.closeness import are_close, distance
 from tests.vllm_moesvd.hand_made import MIXTRAL
 from vllm_moesvd import cpu_packed, ops, reference
-from vllm_moesvd.cpu_packed import BASE, FACTORS, PackedLayer, pack_layer, packed_layer
+from vllm_moesvd.cpu_packed import BASE, FACTORS, PackedLayer, pack_layer
 from vllm_moesvd.format import FactoredSpec, MoEShape, layer_tensors
 
 SHAPE = MoEShape(hidden_size=64, expert_width=96, num_experts=6, top_k=3)
@@ -128,8 +128,13 @@ def test_pairs_of_other_processes_are_left_out() -> None:
 def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     spec, (x_TD, index_TK, gate_TK) = SPECS["base"], routing(5)
     _, packed = pack(spec, factors(spec))
-    given = (x_TD, *slots(spec, index_TK, gate_TK), list(packed.handlers), list(packed.rows))
-    torch.library.opcheck(packed_layer, (*given, list(spec.slot_group)))
+    given = (
+        x_TD,
+        *slots(spec, index_TK, gate_TK),
+        list(packed.packed.handlers),
+        packed.packed.rows,
+    )
+    torch.library.opcheck(torch.ops.moesvd.packed_layer.default, (*given, list(spec.slot_group)))
 
 
 def test_plain_weights_are_freed_or_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,3 +159,31 @@ def test_plain_weights_are_freed_or_kept(monkeypatch: pytest.MonkeyPatch) -> Non
         setattr(whole, name, torch.nn.Parameter(weight, requires_grad=False))
     assert cpu_packed.pack_layer(whole, spec.slot_group) is None
     assert all(getattr(whole, name).numel() for name in FACTORS + BASE)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_experts_of_latent_and_narrow_layers(tokens: int) -> None:
+    """Against the reference's dense experts; another process's pairs are left out."""
+    from vllm_moesvd import cpu_experts
+
+    assert cpu_experts.packed_experts.__doc__
+    generator = torch.Generator().manual_seed(7)
+    gate, up = (torch.randn(6, 45, 64, generator=generator) / 8 for _ in range(2))
+    down = torch.randn(6, 64, 45, generator=generator) / 7
+    layer = torch.nn.Module()
+    layer.w13_weight = torch.nn.Parameter(torch.cat([gate, up], dim=1), requires_grad=False)
+    layer.w2_weight = torch.nn.Parameter(down.clone(), requires_grad=False)
+    packed = cpu_packed.pack(layer, ("w13_weight", "w2_weight"))
+    if packed is None:
+        pytest.skip("this CPU has no such product")
+    x_TD, index_TK, gate_TK = routing(tokens)
+    arguments = list(packed.handlers), list(packed.rows)
+    operator = torch.ops.moesvd.packed_experts
+    weights = {"gate_EFD": gate, "up_EFD": up, "down_EDF": down}
+    target = reference.dense_experts(x_TD, index_TK, gate_TK, **weights)
+    assert are_close(operator(x_TD, index_TK, gate_TK, *arguments), target)
+    here_TK = index_TK < 3
+    partial = operator(x_TD, torch.where(here_TK, index_TK, -1), gate_TK, *arguments)
+    target = reference.dense_experts(x_TD, index_TK, gate_TK * here_TK, **weights)
+    assert are_close(partial, target)
+    torch.library.opcheck(operator.default, (x_TD, index_TK, gate_TK, *arguments))
