@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from compress_tool.factorize.problem import LayerProblem, energy
-from compress_tool.factorize.products import leading, moment, product, product_dtype
+from compress_tool.factorize.products import moment, product, product_dtype
 from compress_tool.factorize.row_weights import row_weights
 from compress_tool.factorize.shared_basis import solve_shared_basis
 from compress_tool.factorize.shared_v import pooled_inputs
 from compress_tool.factorize.side_by_side import side_by_side
-from compress_tool.factorize.whitening import solve_spd, tail_share
+from compress_tool.factorize.whitening import solve_spd, symmetric_eigen, tail_share
 from compress_tool.factors import LatentFactors
 
 
@@ -72,8 +72,8 @@ def solve_latent(
     centred_TD = y_TD if mean_D is None else y_TD.double() - mean_D
     moment_DD = moment(centred_TD.to(problem.device))
     dtype = product_dtype(len(moment_DD))
-    spectrum_D, vectors_DR = leading(moment_DD, rank_down, dtype)
-    q_DR = vectors_DR.to(problem.store_dtype).double()
+    spectrum_D, vectors_DD = symmetric_eigen(moment_DD)
+    q_DR = vectors_DD[:, :rank_down].to(problem.store_dtype).double()
     # Q was rounded: least squares against the stored values, not the transpose.
     project_RD = solve_spd(q_DR.T @ q_DR, q_DR.T)
     bias_D = None if mean_D is None else _bias(mean_D.to(q_DR.device), q_DR, project_RD)

@@ -16,7 +16,6 @@ from compress_tool.factorize.moments import cholesky
 from compress_tool.factorize.products import (
     CHUNK_ROWS,
     inner,
-    leading,
     moment,
     product,
     product_dtype,
@@ -26,6 +25,7 @@ from compress_tool.factorize.whitening import (
     damped,
     orthonormal_rows,
     solve_spd,
+    symmetric_eigen,
     tail_share,
 )
 
@@ -110,9 +110,10 @@ def solve_shared_basis(
     back_DD = root_DD.T.contiguous()
     # Symmetric: the product with its transpose is that with itself.
     weighed_DD = product(product(back_DD, energy_DD.to(dtype)), back_DD)
-    spectrum_D, vectors_DR = leading(weighed_DD, rank, dtype)
+    # Once per layer: in fp64, so that V does not depend on the last bits of the statistics.
+    spectrum_D, vectors_DD = symmetric_eigen(weighed_DD.double())
     v_RD = torch.linalg.solve_triangular(
-        known.root_DD, vectors_DR.T.double(), upper=False, left=False
+        known.root_DD, vectors_DD[:, :rank].T, upper=False, left=False
     )
     stored_RD = orthonormal_rows(v_RD.to(dtype)).to(store_dtype)
     result_dtype = torch.float64 if store_dtype == torch.float64 else torch.float32
