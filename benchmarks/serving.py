@@ -30,12 +30,16 @@ from benchmarks.serving_models import (
     write_dense,
     write_factored,
 )
-from benchmarks.serving_page import Row, write_page
+from benchmarks.serving_page import GENERAL, Row, write_page
 from vllm_moesvd.format import LayerSpec
 
 ROOT: Final = Path(__file__).parent.parent
-METHODS: Final = ("auto", "latent", "narrow", "shared-v", "svd", "d2-moe")
-RATIOS: Final = (0.20, 0.40, 0.60)
+METHODS: Final = ("auto", "latent", "narrow", *GENERAL)
+CELLS: Final = (
+    *((ratio, method) for ratio in (0.20, 0.40, 0.60) for method in ("auto", "latent")),
+    *((ratio, method) for ratio in (0.40, 0.60) for method in GENERAL),
+)
+"""Share removed and method, where the command line does not say otherwise."""
 ORDERS: Final[dict[str, dict[str, int]]] = {
     "decode 1": {"batch": 1, "steps": 12},
     "decode 8": {"batch": 8, "steps": 4},
@@ -81,18 +85,23 @@ def main() -> None:
     dense_folder = write_dense(options.work / "dense")
     rows: list[Row] = []
     with _engine(dense_folder, options) as dense:
-        for ratio in options.ratios:
-            for method in options.methods:
-                specs = planned_specs(dense_folder, method, ratio)
-                folder = options.work / "factored"
-                shutil.rmtree(folder, ignore_errors=True)
-                write_factored(folder, dense_folder, specs)
-                with _engine(folder, options) as factored:
-                    ratios = _alternate(dense, factored, options.turns)
-                row = _row(method, ratio, specs, ratios)
-                rows.append(row)
-                sys.stderr.write(f"{row}\n")
-                write_page(options.page, rows, mode="compiled" if options.compiled else "eager")
+        for ratio, method in _cells(options):
+            specs = planned_specs(dense_folder, method, ratio)
+            folder = options.work / "factored"
+            shutil.rmtree(folder, ignore_errors=True)
+            write_factored(folder, dense_folder, specs)
+            with _engine(folder, options) as factored:
+                ratios = _alternate(dense, factored, options.turns)
+            rows.append(_row(method, ratio, specs, ratios))
+            sys.stderr.write(f"{rows[-1]}\n")
+            write_page(options.page, rows, mode="compiled" if options.compiled else "eager")
+
+
+def _cells(options: argparse.Namespace) -> list[tuple[float, str]]:
+    if not (options.ratios or options.methods):
+        return list(CELLS)
+    ratios, methods = options.ratios or (0.20, 0.40, 0.60), options.methods or METHODS
+    return [(ratio, method) for ratio in ratios for method in methods]
 
 
 def _alternate(dense: Engine, factored: Engine, turns: int) -> dict[str, list[float]]:
@@ -168,8 +177,8 @@ def _options() -> Any:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / "benchmark-output" / "serving")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "serving.md")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--ratios", nargs="+", type=float)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="with vLLM's torch.compile")
     parser.add_argument("--verbose", action="store_true", help="show what the engines log")

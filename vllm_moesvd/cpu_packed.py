@@ -22,7 +22,7 @@ from vllm_moesvd.ops import rows_by_key
 
 FACTORS: Final = ("v_gate", "v_up", "v_down", "u_gate", "u_up", "u_down")
 BASE: Final = ("base_gate", "base_up", "base_down")
-_LIBRARY: Final = torch.library.Library("moesvd", "FRAGMENT")
+_LIBRARY: Final = torch.library.Library("moesvd", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +198,9 @@ def register_cpu_operator(
     Not by `torch.library.custom_op`: its Python wrappers take 30 microseconds of every call.
     """
     name = function.__name__
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-    _LIBRARY.impl(name, function, "CPU")
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"moesvd::{name}", fake, lib=_LIBRARY)
 
 
@@ -207,8 +208,12 @@ register_cpu_operator(packed_layer, _packed_layer_fake)
 
 
 def silu_and_mul(h_N2F: torch.Tensor) -> torch.Tensor:
-    """silu of the first half of every row times the second half, [N, F]; vLLM's own operator."""
-    h_NF = h_N2F.new_empty(h_N2F.shape[0], h_N2F.shape[1] // 2)
+    """silu of the first half of every row times the second half, [N, F]."""
+    f = h_N2F.shape[1] // 2
+    if f % 32:
+        # vLLM's operator takes whole vectors only.
+        return silu(h_N2F[:, :f]).mul_(h_N2F[:, f:])
+    h_NF = h_N2F.new_empty(h_N2F.shape[0], f)
     torch.ops._C.silu_and_mul(h_NF, h_N2F)
     return h_NF
 

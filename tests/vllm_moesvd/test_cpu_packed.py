@@ -161,15 +161,16 @@ def test_plain_weights_are_freed_or_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(getattr(whole, name).numel() for name in FACTORS + BASE)
 
 
+@pytest.mark.parametrize("width", [32, 45], ids=["whole vectors", "odd"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_experts_of_latent_and_narrow_layers(tokens: int) -> None:
+def test_experts_of_latent_and_narrow_layers(tokens: int, width: int) -> None:
     """Against the reference's dense experts; another process's pairs are left out."""
     from vllm_moesvd import cpu_experts
 
     assert cpu_experts.packed_experts.__doc__
     generator = torch.Generator().manual_seed(7)
-    gate, up = (torch.randn(6, 45, 64, generator=generator) / 8 for _ in range(2))
-    down = torch.randn(6, 64, 45, generator=generator) / 7
+    gate, up = (torch.randn(6, width, 64, generator=generator) / 8 for _ in range(2))
+    down = torch.randn(6, 64, width, generator=generator) / 6
     layer = torch.nn.Module()
     layer.w13_weight = torch.nn.Parameter(torch.cat([gate, up], dim=1), requires_grad=False)
     layer.w2_weight = torch.nn.Parameter(down.clone(), requires_grad=False)
