@@ -2,7 +2,7 @@
 
     python -m benchmarks.roofline [--removed 0.4] [--form shared-v] [--sharding split] [--details]
 
-Counted, not measured: nothing here has run on a GPU. Every time is a lower bound on an H100 SXM
+Counted, not measured: `docs/gpu.md` has what was. Every time is a lower bound on an H100 SXM
 (the larger of bytes over bandwidth and operations over peak), without launch latency; `launches`
 is what that latency multiplies. A matrix is counted once for each launch that reads it: row blocks
 of one slot run next to each other, so its later reads come from the L2 cache.
