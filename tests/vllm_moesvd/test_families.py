@@ -188,7 +188,7 @@ def test_three_processes_sum_the_shared_expert_once(tmp_path: Path) -> None:
     }
     made = hand_made(LAYERS, exact=False, family=BY_NAME["qwen2_moe"], **sizes)
     blocks = transformers_blocks(made, tmp_path / "dense")
-    work = run_blocks(made, tmp_path)
+    work = run_blocks(made, tmp_path, TP_SIZE, ["sharded", "replicated"])
     x_TD = load_file(work / "input.safetensors")["x_TD"]
     for rank in range(TP_SIZE):
         outputs = load_file(work / f"output-{rank}.safetensors")

@@ -1,4 +1,4 @@
-"""Blocks split over three processes: nothing divides by three, so everything must be padded."""
+"""Blocks split over processes: over three, where nothing divides, and over four and eight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.vllm_moesvd.closeness import are_close, distance
 from tests.vllm_moesvd.engine_run import ENGINE_ENVIRONMENT, ROOT
-from tests.vllm_moesvd.hand_made import ODD_LAYERS, HandMade, hand_made
+from tests.vllm_moesvd.hand_made import ALL_FORMS, ODD_LAYERS, HandMade, hand_made
 from tests.vllm_moesvd.layer_math import layer_output, softmax_routing
 from vllm_moesvd.format import FactoredSpec, LatentSpec
 
@@ -42,21 +42,21 @@ def made():
 
 @pytest.fixture(scope="module")
 def work(made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_blocks(made, tmp_path_factory.mktemp("tp"))
+    return run_blocks(made, tmp_path_factory.mktemp("tp"), TP_SIZE, ["sharded", "replicated"])
 
 
-def run_blocks(made: HandMade, folder: Path) -> Path:
-    """The folder in which three processes left what they computed."""
+def run_blocks(made: HandMade, folder: Path, tp_size: int, modes: list[str]) -> Path:
+    """The folder in which the processes left what they computed in each mode."""
     made.write(folder / "checkpoint")
     size = made.dense_config["hidden_size"]
     x_TD = torch.randn(40, size, generator=torch.Generator().manual_seed(3))
     save_file({"x_TD": x_TD}, folder / "input.safetensors")
     environment = os.environ | ENGINE_ENVIRONMENT
-    environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join("0" for _ in range(TP_SIZE))
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join("0" for _ in range(tp_size))
     command = [sys.executable, "-m", "tests.vllm_moesvd.tp_run"]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(TP_SIZE), str(folder)],
+            [*command, str(rank), str(tp_size), str(folder), *modes],
             cwd=ROOT,
             # Different names: the processes exchange by gloo, as in an engine with manual binding.
             env=environment | {"VLLM_DIST_IDENT": f"{folder.name}-{rank}"},
@@ -64,10 +64,10 @@ def run_blocks(made: HandMade, folder: Path) -> Path:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(TP_SIZE)
+        for rank in range(tp_size)
     ]
     try:
-        logs = [process.communicate(timeout=300)[0] for process in processes]
+        logs = [process.communicate(timeout=500)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -108,3 +108,23 @@ def test_every_factored_tensor_falls_with_the_number_of_processes(made, work: Pa
         name = f"model.layers.1.block_sparse_moe.experts.{name}"
         assert elements[f"sharded.{name}"] * TP_SIZE == 96 * 64
         assert elements[f"replicated.{name}"] == 96 * 64
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "modes"),
+    [(4, ["sharded", "replicated", "experts"]), (8, ["sharded"])],
+    ids=["four", "eight"],
+)
+def test_more_processes_and_every_form(tp_size: int, modes: list[str], tmp_path: Path) -> None:
+    """Widths, ranks and the base are odd; with `experts` each of four processes has one expert."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 97}
+    made = hand_made(ALL_FORMS, exact=False, **sizes)
+    work = run_blocks(made, tmp_path / "work", tp_size, modes)
+    x_TD = load_file(work / "input.safetensors")["x_TD"]
+    for rank in (0, tp_size // 2, tp_size - 1):
+        outputs = load_file(work / f"output-{rank}.safetensors")
+        for layer, spec in ALL_FORMS.items():
+            expected = layer_output(made, spec, layer, x_TD, *softmax_routing(made, layer, x_TD))
+            for mode in modes:
+                actual = outputs[f"{mode}.{layer}"]
+                assert are_close(actual, expected), (layer, mode, distance(actual, expected))

@@ -1,4 +1,4 @@
-"""One process of a tensor-parallel group that computes MoE blocks: `python -m ... RANK SIZE ...`.
+"""One process of a group that computes MoE blocks: `python -m ... RANK SIZE FOLDER MODE...`.
 
 Without an engine, so that any number of processes and sizes that no attention could split work.
 """
@@ -8,23 +8,32 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.vllm_moesvd import harness
 
+MODES: Final[dict[str, dict[str, Any]]] = {
+    "sharded": {},
+    "replicated": {"additional_config": {"moesvd": {"replicate": True}}},
+    "experts": {"enable_expert_parallel": True},
+}
+"""How the processes share a layer: options of the engine."""
+
 
 def main() -> None:
     """Read `x_TD` from the folder `work`, write each layer's output and the local sizes there."""
     rank, tp_size, work = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    modes = sys.argv[4:]
     x_TD = load_file(work / "input.safetensors")["x_TD"]
     outputs: dict[str, torch.Tensor] = {}
     elements: dict[str, int] = {}
-    for mode, options in (("sharded", {}), ("replicated", {"moesvd": {"replicate": True}})):
-        arguments = {"tensor_parallel_size": tp_size, "additional_config": options}
+    for mode in modes:
+        arguments = {"tensor_parallel_size": tp_size} | MODES[mode]
         config = harness.engine_config(work / "checkpoint", **arguments)
-        if mode == "sharded":
+        if mode == modes[0]:
             harness.join_processes(config, rank=rank, tp_size=tp_size, store=work / "store")
         # Counted before loading: vLLM repacks the weights of linear layers afterwards.
         elements |= {
