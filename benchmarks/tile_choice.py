@@ -23,8 +23,8 @@ from typing import Any, Final
 from benchmarks.moe_layers import MODELS
 
 LINEAR_STEPS: Final = ("z", "w", "y")
-MISSING: Final = 4.0
-"""What a tile counts for a step that it was not measured for or cannot run."""
+MISSING: Final = 1e6
+"""What a tile counts for a step that it was not measured for or cannot run: never chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,9 @@ def choose(steps: Sequence[Step], num_buckets: int) -> tuple[float, list[dict[st
             ]
             if options:
                 best[n, j] = min(options)
-    cost, parts = min(best[n, len(limits)] for n in range(1, num_buckets + 1))
+    whole = [best[n, len(limits)] for n in range(1, num_buckets + 1) if (n, len(limits)) in best]
+    least = min(cost for cost, _ in whole)
+    cost, parts = next(entry for entry in whole if entry[0] <= least * (1 + 1e-9))
     buckets = []
     for i, j in parts:
         _, height, linear, neurons = costs[i, j]
