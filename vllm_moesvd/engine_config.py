@@ -8,6 +8,7 @@ that has the `moesvd` key; a dense config.json passes through unchanged.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Final
 
 from vllm_moesvd.audit import audit_folder
@@ -27,6 +28,12 @@ LOAD_FORMATS: Final = (
     "dummy",
 )
 """The formats whose tensors pass through `load_weights`; all read safetensors."""
+READER_PACKAGES: Final = {
+    "fastsafetensors": "fastsafetensors",
+    "instanttensor": "instanttensor",
+    "runai_streamer": "runai_model_streamer",
+}
+"""Formats whose reader is a package of its own: without it vLLM fails with a traceback."""
 FOLDER_FORMATS: Final = ("auto", "hf", "safetensors")
 MARK: Final = "_moesvd"
 
@@ -85,6 +92,12 @@ def unsupported_feature(vllm_config: Any) -> str | None:
     for feature, is_requested in refused.items():
         if is_requested:
             return f"moesvd: {feature} is not supported for factored checkpoints; leave it out"
+    package = READER_PACKAGES.get(load_format)
+    if package is not None and find_spec(package) is None:
+        return (
+            f"moesvd: --load-format {load_format} needs the package {package}, which is not "
+            "installed; install it or leave the option out"
+        )
     if vllm_config.lora_config is not None:
         return limit_to_attention(vllm_config.lora_config)
     return _eager_pipeline_on_cpu(vllm_config)

@@ -9,7 +9,7 @@ import torch
 
 from tests.vllm_moesvd import harness
 from tests.vllm_moesvd.closeness import are_close, distance
-from tests.vllm_moesvd.hand_made import EXACT_LAYERS, MIXTRAL, ODD_LAYERS, hand_made
+from tests.vllm_moesvd.hand_made import ALL_FORMS, EXACT_LAYERS, MIXTRAL, ODD_LAYERS, hand_made
 from tests.vllm_moesvd.layer_math import layer_output, softmax_routing
 from vllm_moesvd import building
 from vllm_moesvd.loading import read_plan
@@ -98,6 +98,28 @@ def test_the_dummy_load_format_runs(tmp_path: Path) -> None:
         assert harness.run_moe_block(model, config, layer, torch.randn(3, 64)).isfinite().all()
 
 
+@pytest.mark.parametrize("load_format", ["auto", "hf", "safetensors"])
+def test_load_formats_that_read_safetensors(load_format: str, tmp_path: Path) -> None:
+    made = hand_made(ALL_FORMS, exact=False)
+    config = harness.engine_config(made.write(tmp_path / "all"), load_format=load_format)
+    model = harness.load_model(config)
+    x_TD = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    for layer, spec in ALL_FORMS.items():
+        expected = layer_output(made, spec, layer, x_TD, *softmax_routing(made, layer, x_TD))
+        assert are_close(harness.run_moe_block(model, config, layer, x_TD), expected)
+
+
+def test_nothing_is_allocated_after_loading(tmp_path: Path) -> None:
+    """vLLM's sleep mode moves what was there when the model was built and loaded."""
+    made = hand_made(ALL_FORMS, exact=False)
+    config = harness.engine_config(made.write(tmp_path / "all"))
+    model = harness.load_model(config)
+    before = {name: tensor.data_ptr() for name, tensor in _tensors(model)}
+    for layer in range(6):
+        harness.run_moe_block(model, config, layer, torch.randn(5, 64))
+    assert {name: tensor.data_ptr() for name, tensor in _tensors(model)} == before
+
+
 def test_the_only_replaced_name_is_put_back(tmp_path: Path) -> None:
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory
     from vllm.model_executor.models import mixtral
@@ -142,3 +164,8 @@ def test_dense_layers_are_built_by_vllm_alone(tmp_path: Path) -> None:
 def _shapes(module: torch.nn.Module):
     for name, parameter in module.named_parameters(recurse=False):
         yield name, tuple(parameter.shape)
+
+
+def _tensors(model: torch.nn.Module):
+    yield from model.named_parameters()
+    yield from model.named_buffers()

@@ -13,7 +13,8 @@ from tests.checkpoints import tiny_mixtral
 from tests.families import BY_NAME
 from tests.vllm_moesvd import harness
 from tests.vllm_moesvd.hand_made import ODD_LAYERS, hand_made
-from vllm_moesvd.engine_config import replicate_option
+from vllm_moesvd import engine_config
+from vllm_moesvd.engine_config import READER_PACKAGES, replicate_option
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,30 @@ def test_what_is_not_supported_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         harness.engine_config(folder, **arguments)
+
+
+@pytest.mark.parametrize("load_format", READER_PACKAGES)
+def test_a_load_format_without_its_reader_is_refused(
+    load_format: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_config, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"needs the package {READER_PACKAGES[load_format]}, "):
+        harness.engine_config(folder, load_format=load_format)
+    monkeypatch.setattr(engine_config, "find_spec", lambda name: name)
+    harness.engine_config(folder, load_format=load_format)
+
+
+def test_what_vllm_itself_refuses_on_a_cpu(folder: Path) -> None:
+    """Before ours: these lines are vLLM's own, and the same for a dense model."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("a GPU has both")
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        harness.engine_config(folder, enable_sleep_mode=True)
+    parallel = {"enable_expert_parallel": True, "tensor_parallel_size": 2}
+    with pytest.raises(ValueError, match="load balancing is only supported on CUDA"):
+        harness.engine_config(folder, enable_eplb=True, **parallel)
 
 
 def test_replication_is_an_option_that_the_compile_cache_sees(folder: Path) -> None:
