@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from vllm_moesvd.audit import audit_folder
+from vllm_moesvd.compressed import METHOD, scheme_problem
 from vllm_moesvd.format import CONFIG_KEY, FAMILIES, Family
 from vllm_moesvd.loading import read_plan
 from vllm_moesvd.lora import limit_to_attention
@@ -85,7 +86,7 @@ def unsupported_feature(vllm_config: Any) -> str | None:
         "--enable-elastic-ep": parallel.enable_elastic_ep,
         "--data-parallel-size above 1": parallel.data_parallel_size > 1,
         "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
-        f"quantization ({model.quantization})": model.quantization is not None,
+        f"quantization ({model.quantization})": model.quantization not in (None, METHOD),
         f"--load-format {load_format}": load_format not in LOAD_FORMATS,
         f"hidden_act {hidden_act}": hidden_act != "silu",
     }
@@ -141,12 +142,15 @@ def _factored_entry(family: Family, dense_entry: Any) -> type:
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            model_config = vllm_config.model_config
             problem = unsupported_feature(vllm_config)
+            if problem is None and model_config.quantization == METHOD:
+                plan = read_plan(family, model_config.hf_config)
+                problem = scheme_problem(family, plan.moe_layers, model_config.hf_config)
             if problem:
                 raise ValueError(problem)
             replicate_option(vllm_config)
             _avoid_wrong_rotation(family, vllm_config)
-            model_config = vllm_config.model_config
             if vllm_config.load_config.load_format in FOLDER_FORMATS:
                 audit_folder(model_config.model, family, model_config.hf_config)
             if dense_entry is not None:

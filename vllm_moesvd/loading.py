@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import pad
 
+from vllm_moesvd.compressed import quantised_weights
 from vllm_moesvd.format import (
     CONFIG_KEY,
     CheckpointSpec,
@@ -89,8 +90,7 @@ def expected_tensors(plan: ModelPlan, hf_config: Any) -> dict[str, tuple[int, ..
         if module not in modules:
             expected[name] = tuple(tensor.shape)
         elif not name.startswith(f"{module}experts."):
-            published = family.block_prefix(modules[module])
-            expected[published + name.removeprefix(module)] = tuple(tensor.shape)
+            expected[family.published_name(modules[module], name)] = tuple(tensor.shape)
     for layer in plan.moe_layers:
         spec = plan.spec.layers.get(layer)
         if spec is None:
@@ -106,6 +106,8 @@ class Ledger:
 
     expected: Mapping[str, tuple[int, ...]]
     optional: frozenset[str] = frozenset()
+    quantised: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """The types of tensors that come with a scale."""
     arrived: set[str] = field(default_factory=set)
 
     def receive(self, name: str, shape: Iterable[int]) -> None:
@@ -142,10 +144,21 @@ class Ledger:
 def open_ledger(plan: ModelPlan, hf_config: Any) -> Ledger:
     """A ledger of everything the checkpoint of this config must hold."""
     tied = bool(getattr(hf_config, "tie_word_embeddings", False))
+    expected = expected_tensors(plan, hf_config)
+    quantised, scales = quantised_weights(hf_config, _dense_parts(plan, expected))
     return Ledger(
-        expected=expected_tensors(plan, hf_config),
+        expected=expected | scales,
+        quantised=quantised,
         optional=frozenset({LM_HEAD} if tied else ()),
     )
+
+
+def _dense_parts(
+    plan: ModelPlan, expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that are no routed experts."""
+    experts = tuple(f"{plan.family.experts_prefix.format(layer=i)}." for i in plan.moe_layers)
+    return {name: shape for name, shape in expected.items() if not name.startswith(experts)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,10 +192,12 @@ def route_tensors(
         if name.endswith(IGNORED_SUFFIX):
             continue
         ledger.receive(name, tensor.shape)
-        if tensor.dtype not in WEIGHT_DTYPES:
+        expected_dtypes = (ledger.quantised[name],) if name in ledger.quantised else WEIGHT_DTYPES
+        if tensor.dtype not in expected_dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in expected_dtypes)
             raise LoadingError(
-                f"moesvd: tensor {name}: found {tensor.dtype}, expected bfloat16, float16 or "
-                "float32; quantised checkpoints are not supported"
+                f"moesvd: tensor {name}: found {tensor.dtype}, expected {names}; only what "
+                "quantization_config of config.json names can be quantised, and no experts"
             )
         if name in destinations:
             destinations[name].load(tensor)
