@@ -68,7 +68,10 @@ def plan_launches(sizes: LayerSizes, table: TileTable) -> Plan:
     base_parts = 1
     if base_columns and not one_group:
         base_parts = table.split(
-            token_blocks * 2 * base_columns, sizes.hidden, by_token.linear.block_k
+            token_blocks * 2 * base_columns,
+            sizes.hidden,
+            by_token.linear.block_k,
+            sizes.num_tokens,
         )
     down_programs = token_blocks * -(-sizes.hidden // by_token.linear.block_n)
     return Plan(
@@ -80,9 +83,13 @@ def plan_launches(sizes: LayerSizes, table: TileTable) -> Plan:
         z_blocks=z_blocks,
         token_blocks=token_blocks,
         group_blocks=group_blocks,
-        z_parts=table.split(z_blocks * 2 * z_columns, sizes.hidden, by_input.linear.block_k),
+        z_parts=table.split(
+            z_blocks * 2 * z_columns, sizes.hidden, by_input.linear.block_k, z_rows
+        ),
         base_parts=base_parts,
-        w_parts=table.split(group_blocks * w_columns, sizes.width, by_group.linear.block_k),
+        w_parts=table.split(
+            group_blocks * w_columns, sizes.width, by_group.linear.block_k, sizes.num_pairs
+        ),
         # Tiles made for few rows per slot read base down too often when tokens are many; where
         # they are few, a launch of its own would leave most multiprocessors idle.
         joins_base_down=by_token.block_m == by_slot.block_m

@@ -20,6 +20,8 @@ FOLDER: Final = Path(__file__).parent / "tiles"
 FALLBACK: Final = "fallback"
 MAX_SPLIT: Final = 8
 """A split costs one fp32 partial result; more than 8 cost more than they bring at any size."""
+PROGRAMS_PER_UNIT: Final = 4
+"""What `target_programs` counts for each multiprocessor."""
 
 _logger = logging.getLogger("vllm.moesvd")
 
@@ -64,17 +66,19 @@ class TileTable:
         rows = -(-num_rows // num_keys)
         return next(b for b in self.buckets if b.max_rows is None or rows <= b.max_rows)
 
-    def split(self, programs: int, depth: int, block_k: int) -> int:
-        """In how many parts a product over `depth` is summed; a power of two.
+    def split(self, programs: int, depth: int, block_k: int, num_rows: int) -> int:
+        """In how many parts a product of `num_rows` over `depth` is summed; a power of two.
 
-        Each part keeps at least four steps, which is what the pipeline needs to fill.
+        Each part keeps at least four steps, which is what the pipeline needs to fill. Where the
+        partial results are more than an eighth of the matrix that is read, it is split only as far
+        as multiprocessors would have nothing to do.
         """
         parts = 1
-        while (
-            parts < MAX_SPLIT
-            and programs * parts < self.target_programs
-            and depth >= 2 * parts * 4 * block_k
-        ):
+        while parts < MAX_SPLIT and depth >= 2 * parts * 4 * block_k:
+            is_cheap = 8 * 2 * parts * num_rows <= 2 * depth // 8
+            target = self.target_programs if is_cheap else self.target_programs // PROGRAMS_PER_UNIT
+            if programs * parts >= target:
+                break
             parts *= 2
         return parts
 

@@ -8,6 +8,8 @@ import torch
 
 from vllm_moesvd import reference
 from vllm_moesvd.kernels.forward import Base, Factors, ShapeAndType
+from vllm_moesvd.kernels.plan import LayerSizes, Plan, plan_launches
+from vllm_moesvd.kernels.tiles import TileTable
 
 E8 = tuple(range(8))
 
@@ -41,6 +43,21 @@ CASES = (
     Case(reason="one expert per token", tokens=21, top_k=1),
     Case(reason="top-k no power of two", tokens=21, top_k=3),
     Case(reason="every expert chosen", tokens=11, top_k=8),
+    Case(reason="top-k just above a power of two: most padding", tokens=5, top_k=5, hidden=24,
+         width=24, rank=16, rank_down=16),
+    Case(reason="top-k one below a power of two", tokens=19, top_k=7, hidden=24, width=24,
+         rank=16, rank_down=16),
+    Case(reason="16 experts, top 2: Phi-3.5-MoE", tokens=17, expert_slot=tuple(range(16)),
+         slot_group=(0,) * 16, hidden=24, width=24, rank=17, rank_down=15),
+    Case(reason="64 experts, top 6: DeepSeekMoE-16B", tokens=7, top_k=6,
+         expert_slot=tuple(range(64)), slot_group=(0,) * 64, hidden=24, width=16, rank=16,
+         rank_down=16),
+    Case(reason="128 experts, top 8: Qwen3-30B-A3B", tokens=3, top_k=8,
+         expert_slot=tuple(range(128)), slot_group=(0,) * 128, hidden=24, width=16, rank=16,
+         rank_down=16),
+    Case(reason="merged experts: every second of 16 shares the slot of the one before", tokens=19,
+         top_k=4, expert_slot=tuple(e // 2 for e in range(16)), slot_group=(0,) * 8, hidden=24,
+         width=24, rank=16, rank_down=16),
     Case(reason="a single slot: every choice merges into one", tokens=11, top_k=3,
          expert_slot=(0,) * 8, slot_group=(0,)),
     Case(reason="trimmed slots: two or more experts on one", tokens=33, top_k=4,
@@ -68,10 +85,26 @@ CASES = (
     Case(reason="base and a group for each slot: a launch of its own for base gate and up",
          tokens=33, slot_group=E8, base_width=72),
     Case(reason="base and depth long enough to be split", tokens=2, hidden=300, width=80,
-         base_width=20),
+         rank=13, base_width=10),
     Case(reason="base and groups, both split", tokens=2, hidden=300, slot_group=(1, 0) * 4,
          base_width=20),
 )  # fmt: skip
+
+
+def launches(case: Case, table: TileTable) -> Plan:
+    """How the launcher will cut this case."""
+    sizes = LayerSizes(
+        num_tokens=case.tokens,
+        top_k=case.top_k,
+        hidden=case.hidden,
+        width=case.width,
+        r=case.rank,
+        q=case.rank_down,
+        num_slots=len(case.slot_group),
+        num_groups=max(case.slot_group) + 1,
+        base_width=case.base_width,
+    )
+    return plan_launches(sizes, table)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,15 @@ import triton
 from torch.nn.functional import pad
 
 from tests.vllm_moesvd.closeness import distance
-from tests.vllm_moesvd.kernels.cases import CASES, Case, Inputs, expected, inputs, poisoned
+from tests.vllm_moesvd.kernels.cases import (
+    CASES,
+    Case,
+    Inputs,
+    expected,
+    inputs,
+    launches,
+    poisoned,
+)
 from tests.vllm_moesvd.kernels.layers import slot_table
 from vllm_moesvd.kernels.forward import Base, Exchange, Factors, factored_experts
 from vllm_moesvd.kernels.tiles import Bucket, Tile, TileTable
@@ -68,6 +76,10 @@ def kernels(
     )
 
 
+def by_reason(start: str) -> Case:
+    return next(case for case in CASES if case.reason.startswith(start))
+
+
 def are_close(actual_TD: torch.Tensor, expected_TD: torch.Tensor, dtype: torch.dtype) -> bool:
     whole, worst = distance(actual_TD, expected_TD)
     return whole <= RMS_LIMIT[dtype] and worst <= WORST_ROW_LIMIT[dtype]
@@ -79,10 +91,33 @@ def test_kernels_equal_the_reference(case: Case) -> None:
     assert are_close(kernels(case, given), expected(case, given), torch.float32)
 
 
+def test_the_cases_reach_what_they_are_for() -> None:
+    """Splits and launches of its own, which sizes decide: a changed rule must not empty a case."""
+    plans = {case.reason: launches(case, SMALL_TILES) for case in CASES}
+    plain = plans["depth long enough to be split"]
+    assert plain.z_parts > 1
+    assert plain.w_parts > 1
+    assert plans["base and depth long enough to be split"].z_parts > 1
+    assert plans["base and groups, both split"].base_parts > 1
+    alone = [reason for reason, plan in plans.items() if not plan.joins_base_down]
+    assert [reason.partition(":")[0] for reason in alone] == ["many tokens, few per slot"]
+
+
+HALF: Final = (
+    "fewer tokens than a tile",
+    "tokens, ranks and widths that no tile divides",
+    "trimmed slots: two or more experts on one",
+    "groups and trimmed slots together",
+    "form svd: a group for each slot",
+    "depth long enough to be split",
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("number", [1, 3, 13, 15, 16, 17, *range(-7, 0)])
-def test_half_precision_stays_within_its_noise(number: int, dtype: torch.dtype) -> None:
-    case = CASES[number]
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.reason in HALF or c.base_width], ids=lambda case: case.reason
+)
+def test_half_precision_stays_within_its_noise(case: Case, dtype: torch.dtype) -> None:
     given = inputs(case, dtype)
     actual = kernels(case, given)
     assert actual.dtype == dtype
@@ -92,7 +127,7 @@ def test_half_precision_stays_within_its_noise(number: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", RMS_LIMIT, ids=str)
 def test_the_tolerance_rejects_what_is_wrong(dtype: torch.dtype) -> None:
     """Null tests: zeros, swapped experts, a lost token, a repeated slot counted once only."""
-    case = CASES[13]
+    case = by_reason("trimmed slots in several routing tiles")
     given = inputs(case, dtype)
     good, target = kernels(case, given), expected(case, given)
     assert are_close(good, target, dtype)
@@ -113,7 +148,7 @@ def test_the_tolerance_rejects_what_is_wrong(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", RMS_LIMIT, ids=str)
 def test_the_tolerance_rejects_a_wrong_base(dtype: torch.dtype) -> None:
     """Null tests: no base, no base down, gate and up exchanged, a base of zeros."""
-    case = next(case for case in CASES if case.reason.startswith("base and trimmed slots"))
+    case = by_reason("base and trimmed slots")
     given = inputs(case, dtype)
     base, target = given.factors.base, expected(case, given)
     assert base is not None
@@ -134,7 +169,7 @@ def test_the_tolerance_rejects_a_wrong_base(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("base_width", [0, 24])
 def test_experts_of_other_processes_add_nothing_and_cost_no_row(base_width: int) -> None:
     """Expert parallelism: slot -1. The choices that stay give exactly their share."""
-    case = replace(CASES[14], base_width=base_width)
+    case = replace(by_reason("two groups"), base_width=base_width)
     given = inputs(case, torch.float32)
     gate_TK = torch.where(given.index_TK < 4, given.gate_TK, 0)
     target = expected(case, replace(given, gate_TK=gate_TK))
@@ -146,17 +181,17 @@ def test_experts_of_other_processes_add_nothing_and_cost_no_row(base_width: int)
 
 
 @pytest.mark.parametrize(
-    ("slot_group", "base_width"), [((1, 0) * 4, 0), ((0,) * 8, 160)], ids=["groups", "base"]
+    ("slot_group", "base_width"), [((1, 0) * 4, 0), ((0,) * 8, 316)], ids=["groups", "base"]
 )
 def test_two_processes_with_both_exchanges_equal_one(
     slot_group: tuple[int, ...], base_width: int
 ) -> None:
     """Tensor parallelism: ranks and widths halved, z gathered, w reduced and scattered.
 
-    The base is cut where the neurons are: the second process has 16 of its 160, then zeros.
+    The base is cut where the neurons are: the second process has 16 of its 316, then zeros.
     """
     # The base's case has so few tokens and so many neurons that V down is split, too.
-    sizes = {"tokens": 2, "width": 288} if base_width else {"tokens": 11}
+    sizes = {"tokens": 2, "width": 600} if base_width else {"tokens": 11}
     case = Case(reason="", rank=24, rank_down=20, slot_group=slot_group, base_width=base_width,
                 **sizes)  # fmt: skip
     given = inputs(case, torch.float32)
@@ -216,7 +251,7 @@ def _record(tensor: torch.Tensor, sent: list[torch.Tensor]) -> torch.Tensor:
 
 
 def test_results_are_the_same_bits_every_time_and_do_not_depend_on_the_order_of_tokens() -> None:
-    case = CASES[15]
+    case = by_reason("groups and trimmed")
     given = inputs(case, torch.float32)
     all_tokens = kernels(case, given)
     assert torch.equal(all_tokens, kernels(case, given))

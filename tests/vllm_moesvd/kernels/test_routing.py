@@ -16,12 +16,32 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+LAYOUTS = {
+    "trimmed, with another process's expert": ((0, 4, 1, -1, 2, 2, 3, 1), (1, 0, 1, 0, 2)),
+    "a group for each of 256 slots": (tuple(range(256)), tuple(range(255, -1, -1))),
+    "as many groups as slots, but not one each": ((0, 1, 2, 3), (3, 0, 3, 0)),
+    "128 groups of two slots: more than are compared at once": (
+        tuple(range(256)), tuple(s % 128 for s in range(256)),
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 64, 150])
-@pytest.mark.parametrize("top_k", [1, 3, 8])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_routing_tables_are_a_sort(tokens: int, top_k: int) -> None:
-    expert_slot, slot_group = (0, 4, 1, -1, 2, 2, 3, 1), (1, 0, 1, 0, 2)
+    check_tables("trimmed, with another process's expert", tokens, top_k)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_routing_tables_of_many_groups_are_a_sort(layout: str, tokens: int) -> None:
+    check_tables(layout, tokens, 3)
+
+
+def check_tables(layout: str, tokens: int, top_k: int) -> None:
+    expert_slot, slot_group = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(tokens)
-    gate_TK, index_TK = torch.rand(tokens, 8, generator=generator).topk(top_k)
+    gate_TK, index_TK = torch.rand(tokens, len(expert_slot), generator=generator).topk(top_k)
     slots = slot_table(expert_slot, slot_group)
     shapes = routing_shapes(tokens, top_k, slots, 16, 32)
     tensors = dict(zip(shapes, poisoned(*shapes.values()), strict=True))
