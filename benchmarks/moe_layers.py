@@ -11,7 +11,7 @@ Form = Literal["shared-v", "svd", "base-delta"]
 FORMS: Final[tuple[Form, ...]] = ("shared-v", "svd", "base-delta")
 Sharding = Literal["split", "replicate", "experts"]
 """How processes share a layer: `split` is what `layer.py` does, `replicate` its option of the same
-name; `experts` would give each process whole experts and every shared V (expert parallelism)."""
+name; `experts` gives each process whole experts and every shared V (`--enable-expert-parallel`)."""
 SHARDINGS: Final[tuple[Sharding, ...]] = ("split", "replicate", "experts")
 
 
