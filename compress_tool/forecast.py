@@ -15,6 +15,7 @@ from compress_tool.checkpoint import Checkpoint, open_checkpoint
 from compress_tool.config import FISHER, Recipe
 from compress_tool.errors import InputError
 from compress_tool.factorize.refit import BATCH_TOKENS
+from compress_tool.factorize.side_by_side import num_workers
 from compress_tool.paper_plan import CLUSTERS_FILE, known_measures
 from compress_tool.planning import final_plan, first_plan
 from compress_tool.probe import known_probes
@@ -129,6 +130,11 @@ def memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int
     uses_neurons = recipe.method != "latent"
     side = max(shape.hidden_size, shape.expert_width if uses_neurons else 0)
     solver = 3 * states + 6 * 8 * side * side + 2 * 4 * layer_params + source_bytes
+    # What each further expert in work holds: its tokens and neurons on them, weights, moments.
+    rows = num_tokens * shape.top_k // shape.num_experts
+    own = 4 * rows * (2 * shape.hidden_size + 6 * shape.expert_width) + 6 * 8 * side * side
+    own += 2 * 4 * 3 * shape.hidden_size * shape.expert_width
+    solver += (num_workers(shape) - 1) * own
     if recipe.num_refit_steps > 0:
         # Two trajectories, their difference, and a layer's inputs while their batches are joined;
         # parameters, gradients, two moments, both results.
