@@ -76,7 +76,9 @@ class FactoredMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.is_warm = False
         self.packed: PackedLayer | None = None
         self.is_sharded = moe.tp_size > 1 and not replicate
-        self.max_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+        # With data parallelism vLLM brings the tokens of all replicas to the experts.
+        scheduler = get_current_vllm_config().scheduler_config
+        self.max_tokens = scheduler.max_num_batched_tokens * moe.dp_size
 
     def create_weights(
         self,

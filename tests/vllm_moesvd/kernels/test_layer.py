@@ -22,7 +22,9 @@ def scratch(*wanted: ShapeAndType) -> list[torch.Tensor]:
     return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in wanted]
 
 
-def built_layer(monkeypatch: pytest.MonkeyPatch, spec: FactoredSpec, tp_size: int) -> Any:
+def built_layer(
+    monkeypatch: pytest.MonkeyPatch, spec: FactoredSpec, tp_size: int, dp_size: int = 1
+) -> Any:
     """The method and its layer on the meta device, where a GPU is said to be."""
     from vllm_moesvd import layer as module
     from vllm_moesvd.base_delta import BaseDeltaMoEMethod
@@ -43,7 +45,7 @@ def built_layer(monkeypatch: pytest.MonkeyPatch, spec: FactoredSpec, tp_size: in
         "tensor_model_parallel_reduce_scatter",
         lambda w, dim: w.new_empty(len(w) // tp_size, *w.shape[1:]),
     )
-    moe: Any = SimpleNamespace(tp_size=tp_size, tp_rank=0, experts_per_token=2)
+    moe: Any = SimpleNamespace(tp_size=tp_size, dp_size=dp_size, tp_rank=0, experts_per_token=2)
     is_base = spec.base_width > 0
     method = (BaseDeltaMoEMethod if is_base else module.FactoredMoEMethod)(moe, spec, False)
     layer = torch.nn.Module()
@@ -103,11 +105,13 @@ def test_apply_launches_the_kernels_with_the_base(
     assert {launch.identity for launch in launches} <= {launch.identity for launch in warm_up}
 
 
-def test_loading_ends_with_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_loading_ends_with_the_warm_up(monkeypatch: pytest.MonkeyPatch, dp_size: int) -> None:
+    """With data parallelism the experts meet the tokens of every replica."""
     spec = FactoredSpec(
         rank_gate_up=24, rank_down=18, expert_slot=(0, 1, 2, 3), slot_group=(0, 0, 0, 0)
     )
-    method, layer = built_layer(monkeypatch, spec, 1)
+    method, layer = built_layer(monkeypatch, spec, 1, dp_size)
     with recording() as launches:
         method.process_weights_after_loading(layer)
     tokens = [
@@ -115,7 +119,7 @@ def test_loading_ends_with_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
         for launch in launches
         if launch.kernel.__name__ == "linear_kernel" and launch.arguments["HALVES"] == 2
     ]
-    assert tokens[0] == MAX_TOKENS
+    assert tokens[0] == MAX_TOKENS * dp_size
     assert tokens[-1] == 1
     assert tokens == sorted(tokens, reverse=True)
 
