@@ -74,7 +74,7 @@ class ModelConfig:
 
     def outer_tensors(self) -> Shapes:
         """Name and shape of the tensors outside the decoder layers."""
-        return outer_tensors(self.values, tied=self.tied_embeddings)
+        return outer_tensors(self.family, self.values, tied=self.tied_embeddings)
 
     def attention_tensors(self, layer: int) -> Shapes:
         """Name and shape of one decoder layer's attention and norms."""
@@ -153,7 +153,8 @@ def _family(config: Mapping[str, Any], file: Path) -> Family:
         )
     name = architectures[0]
     for family in FAMILIES:
-        if name in (family.architecture, family.factored_architecture):
+        names = (family.architecture, family.saved_architecture, family.factored_architecture)
+        if name in names:
             if config.get("model_type") != family.model_type:
                 raise InputError(
                     f"{file}: model_type is {show(config.get('model_type'))}, expected "

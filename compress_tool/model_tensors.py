@@ -13,10 +13,12 @@ from vllm_moesvd.format import Family, MoEShape
 Shapes = dict[str, tuple[int, ...]]
 
 
-def outer_tensors(config: Mapping[str, Any], *, tied: bool) -> Shapes:
+def outer_tensors(family: Family, config: Mapping[str, Any], *, tied: bool) -> Shapes:
     """The tensors outside the decoder layers."""
     d, vocab = config["hidden_size"], config["vocab_size"]
-    tensors: Shapes = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
+    tensors: Shapes = {"model.embed_tokens.weight": (vocab, d)} | _norm(family, "model.norm", d)
+    if "lm_head" in family.biases:
+        tensors["lm_head.bias"] = (vocab,)
     return tensors if tied else tensors | {"lm_head.weight": (vocab, d)}
 
 
@@ -25,8 +27,9 @@ def attention_tensors(
 ) -> Shapes:
     """One decoder layer's norms and attention; `head_dim` is of the `grouped` kind only."""
     prefix, d = f"model.layers.{layer}", config["hidden_size"]
-    norms = ("input_layernorm", "post_attention_layernorm")
-    tensors: Shapes = {f"{prefix}.{norm}.weight": (d,) for norm in norms}
+    tensors: Shapes = {}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        tensors |= _norm(family, f"{prefix}.{norm}", d)
     if family.attention == "latent":
         sizes = _latent_attention(config, d)
     else:
@@ -61,6 +64,11 @@ def block_tensors(
     return {family.fused_name(layer, name): size for name, size in tensors.items()}
 
 
+def _norm(family: Family, name: str, d: int) -> Shapes:
+    kinds = ("weight", "bias") if "norm" in family.biases else ("weight",)
+    return {f"{name}.{kind}": (d,) for kind in kinds}
+
+
 def _grouped_attention(family: Family, config: Mapping[str, Any], d: int, head_dim: int) -> Shapes:
     q_size = config["num_attention_heads"] * head_dim
     kv_size = config["num_key_value_heads"] * head_dim
@@ -70,8 +78,10 @@ def _grouped_attention(family: Family, config: Mapping[str, Any], d: int, head_d
         "v_proj.weight": (kv_size, d),
         "o_proj.weight": (d, q_size),
     }
-    if family.has_qkv_bias:
+    if "qkv" in family.biases:
         tensors |= {"q_proj.bias": (q_size,), "k_proj.bias": (kv_size,), "v_proj.bias": (kv_size,)}
+    if "o" in family.biases:
+        tensors["o_proj.bias"] = (d,)
     if family.qk_norm == "head":
         tensors |= {"q_norm.weight": (head_dim,), "k_norm.weight": (head_dim,)}
     if family.qk_norm == "full":

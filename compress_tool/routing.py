@@ -31,7 +31,8 @@ def rerouted(
     changed = family.with_num_experts(checkpoint.config, weight_ED.shape[0])
     smaller = dataclasses.replace(checkpoint, config=checkpoint.config | changed)
     model = meta_model(smaller, torch.float32, torch.device("cpu"))
-    module = model.get_submodule(family.fused_name(layer, family.block_prefix(layer)) + "gate")
+    router_name = family.fused_name(layer, family.router_name.format(layer=layer))
+    module = model.get_submodule(router_name.removesuffix(".weight"))
     module.weight = torch.nn.Parameter(weight_ED.float(), requires_grad=False)
     if family.router_bias_name is not None:
         bias_E = router[family.router_bias_name.format(layer=layer)]

@@ -60,6 +60,14 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": _QWEN | {"shared_expert_intermediate_size": 48},
     # Two heads of 64: the head size need not be 64 / 2.
     "qwen3_moe": _QWEN | {"head_dim": 64, "norm_topk_prob": True, "decoder_sparse_step": 1},
+    "phimoe": {
+        "attention_bias": True,
+        "intermediate_size": 32,
+        "lm_head_bias": True,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "router_jitter_noise": 0.01,
+    },
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "norm_topk_prob": False},
     "deepseek_v2": _DEEPSEEK | {"norm_topk_prob": False, "topk_method": "group_limited_greedy"},
     "deepseek_v3": _DEEPSEEK
@@ -147,12 +155,14 @@ def _published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for layer in range(config["num_hidden_layers"]):
+        shapes = {family.published_name(layer, name): size for name, size in shapes.items()}
     if config["tie_word_embeddings"]:
         del shapes["lm_head.weight"]
     shape = family.moe_shape(config)
     d, f = shape.hidden_size, shape.expert_width
     for layer in range(config["num_hidden_layers"]):
-        prefix = family.fused_prefix.format(layer=layer)
+        prefix = family.experts_prefix.format(layer=layer)
         if shapes.pop(f"{prefix}.gate_up_proj", None) is None:
             continue
         del shapes[f"{prefix}.down_proj"]

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from vllm_moesvd.families import FAMILIES as FAMILIES
-from vllm_moesvd.families import Family as Family
+from vllm_moesvd.family import Family as Family
 from vllm_moesvd.moe_block import PROJECTIONS as PROJECTIONS
 from vllm_moesvd.moe_block import FormatError as FormatError
 from vllm_moesvd.moe_block import LayerPattern as LayerPattern

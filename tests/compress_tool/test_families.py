@@ -69,6 +69,31 @@ def test_logits_equal_transformers(name: str, is_fused: bool, tmp_path: Path):
     assert torch.allclose(model.logits(hidden), expected, atol=2e-4, rtol=1e-4)
 
 
+def test_phi_as_published_equals_transformers(tmp_path: Path):
+    """Longrope on both sides of its switch, under the keys that the published config has."""
+    factors = {f"{kind}_factor": [1 + step * i for i in range(16)]
+               for kind, step in (("short", 0.05), ("long", 0.4))}  # fmt: skip
+    mscales = {"short_mscale": 1.2, "long_mscale": 1.3, "original_max_position_embeddings": 64}
+    published = {
+        "rope_parameters": None,
+        "rope_scaling": {"type": "longrope"} | factors | mscales,
+        "rope_theta": 10000.0,
+        "sliding_window": 131072,
+        "input_jitter_noise": 0.01,
+    }
+    path = tiny(tmp_path / "model", "phimoe", **published)
+    reference = transformers_model(path)
+    model = StreamedModel(open_checkpoint(path, allow_factored=False))
+    for length in (17, 100):
+        ids_BS = random_ids(3, length)
+        with torch.no_grad():
+            expected = reference(ids_BS).logits
+        hidden = model.embed(ids_BS)
+        for layer in range(3):
+            hidden = model.run_layer(layer, hidden, 2)
+        assert torch.allclose(model.logits(hidden), expected, atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_statistics_are_what_the_experts_see(name: str, tmp_path: Path):
     """Inputs, choices, gates with every factor, and the output that follows from them."""

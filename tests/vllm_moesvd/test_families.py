@@ -44,12 +44,28 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+# As published for Phi-3.5-MoE, with 16 factors for heads of 32; engines here take 256 tokens.
+PHI_PUBLISHED = {
+    "input_jitter_noise": 0.01,
+    "rope_parameters": None,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1 + 0.05 * i for i in range(16)],
+        "long_factor": [1 + 0.4 * i for i in range(16)],
+        "short_mscale": 1.2,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 256,
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 131072,
+}
 # Of DeepSeek-V2 also the small model's routing, without groups.
 VARIANTS = {name: (name, {}) for name in NEW_FAMILIES} | {
     "deepseek_v2-greedy": (
         "deepseek_v2",
         {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
     ),
+    "phimoe-published": ("phimoe", PHI_PUBLISHED),
     "qwen2_moe-normalised": ("qwen2_moe", {"norm_topk_prob": True}),
     # transformers saves neither key of V3, and null for groups that V2 does not have.
     "deepseek_v2-saved": (
@@ -164,7 +180,8 @@ def test_a_base_with_deltas_is_summed_with_the_shared_expert(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_real_engines_give_transformers_tokens(tmp_path: Path) -> None:
     variants = {name: (name, {}) for name in NEW_FAMILIES}
-    variants["deepseek_v3-yarn"] = VARIANTS["deepseek_v3-yarn"]
+    for added in ("deepseek_v3-yarn", "phimoe-published"):
+        variants[added] = VARIANTS[added]
     made = {
         variant: hand_made(ODD_LAYERS, exact=False, family=BY_NAME[name], **SIZES[name] | overrides)
         for variant, (name, overrides) in variants.items()

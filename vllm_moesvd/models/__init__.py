@@ -29,9 +29,10 @@ def _model_class(family: Family) -> type:
     problem = version_problem(vllm.__version__)
     if problem is None:
         from vllm_moesvd.lora import refuse_other_adapters
-        from vllm_moesvd.models.adapter import FactoredModel
+        from vllm_moesvd.models.adapter import BiasedHead, FactoredModel
 
-        bases: tuple[type, ...] = (FactoredModel, base)
+        head = (BiasedHead,) if "lm_head" in family.biases else ()
+        bases: tuple[type, ...] = (FactoredModel, *head, base)
         members = {"family": family} | refuse_other_adapters(base)
     else:
         bases, members = (base,), {"__init__": _refusal(problem)}

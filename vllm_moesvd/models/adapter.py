@@ -76,6 +76,20 @@ class FactoredModel:
         return loaded | filled
 
 
+class BiasedHead:
+    """For vLLM 0.32's PhiMoE, which loads the bias of lm_head and leaves it out of the logits."""
+
+    logits_processor: Any
+    lm_head: Any
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits [T, vocabulary] of hidden states [T, D]; None in all but the first process."""
+        logits: torch.Tensor | None = self.logits_processor(
+            self.lm_head, hidden_states, self.lm_head.bias
+        )
+        return logits
+
+
 def _forget_kernels(model: Any) -> None:
     """Let vLLM pack the weights of its own experts again.
 
