@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
-from vllm_moesvd.ops import rows_by_key
+from vllm_moesvd.ops import linear, rows_by_key
 
 
 @torch.library.custom_op("moesvd::base_experts", mutates_args=())

@@ -16,9 +16,14 @@ captured in a CUDA graph. The latter computes every token with every slot; it is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn import functional
+from torch.nn.functional import silu
+
+UPCAST_ROWS: Final = 8
+"""From so many rows on, converting a matrix to float32 costs less than it saves (see `linear`)."""
 
 
 def merge_slots(slot_TK: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,6 +184,19 @@ def _slot(
     """One slot applied to `z` [..., 2, R]; returns [..., Q]."""
     gate_F, up_F = linear(z_2R[..., 0, :], gate_FR), linear(z_2R[..., 1, :], up_FR)
     return linear(silu(gate_F) * up_F, down_QF)
+
+
+def linear(x_NK: torch.Tensor, weight_MK: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`, in float32 on a CPU that has no fast product of 16-bit numbers.
+
+    With AVX2 alone, 64 rows times [3584, 768] in bfloat16 take 15.1 ms, converted 5.1; one row
+    0.27 and 0.62.
+    """
+    rows = x_NK.numel() // x_NK.shape[-1]
+    is_slow = x_NK.device.type == "cpu" and x_NK.element_size() == 2 and rows >= UPCAST_ROWS
+    if is_slow and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return functional.linear(x_NK.float(), weight_MK.float()).to(x_NK.dtype)
+    return functional.linear(x_NK, weight_MK)
 
 
 def rows_by_key(key_N: torch.Tensor, num_keys: int) -> list[tuple[int, torch.Tensor]]:

@@ -223,3 +223,19 @@ def test_the_capture_lint_finds_what_the_cpu_implementation_does() -> None:
     """The null test of the lint: the fast CPU code reads values on the host."""
     with FakeTensorMode(), pytest.raises(DynamicOutputShapeException):
         ops._experts_cpu(*op_arguments("two groups", 6, device="meta")["experts"])
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("rows", [1, ops.UPCAST_ROWS, 40])
+def test_products_on_cpus_with_and_without_bfloat16(
+    capability: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    generator = torch.Generator().manual_seed(1)
+    x_NK, weight_MK = (torch.randn(n, 33, generator=generator).bfloat16() for n in (rows, 20))
+    found = ops.linear(x_NK, weight_MK)
+    assert found.dtype == torch.bfloat16
+    assert are_close(found.float(), x_NK.float() @ weight_MK.float().T, torch.bfloat16)
+    assert are_close(
+        ops.linear(x_NK.float(), weight_MK.float()), x_NK.float() @ weight_MK.float().T
+    )
