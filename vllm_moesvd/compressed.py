@@ -25,6 +25,8 @@ FORMATS: Final = {
 
 def scheme_problem(family: Family, moe_layers: tuple[int, ...], config: Any) -> str | None:
     """Why the `quantization_config` of a loaded config is not one of those above, in one line."""
+    from vllm.platforms import current_platform
+
     given = config.quantization_config
     groups = list(given.get("config_groups", {}).values())
     if len(groups) != 1 or list(groups[0].get("targets", [])) != ["Linear"]:
@@ -32,6 +34,8 @@ def scheme_problem(family: Family, moe_layers: tuple[int, ...], config: Any) -> 
     weights = groups[0].get("weights") or {}
     if _dtype(given) is None or weights.get("num_bits") != 8 or not weights.get("symmetric"):
         return _line("must be int-quantized or float-quantized with symmetric weights of 8 bits")
+    if _dtype(given) != torch.int8 and current_platform.is_cpu():
+        return _line("is float-quantized, for which vLLM 0.32 has no product on a CPU")
     if weights.get("strategy") not in ("channel", "tensor"):
         return _line(f"has strategy {weights.get('strategy')!r}, expected channel or tensor")
     activations = groups[0].get("input_activations")

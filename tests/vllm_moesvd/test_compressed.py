@@ -87,6 +87,11 @@ GROUP = ("config_groups", "group_0")
     [
         (changed(("ignore",), ["lm_head"]), r"quantises .*gate; routed experts"),
         (changed(("ignore",), ["re:.*block_sparse_moe.*"]), "quantises lm_head"),
+        (
+            changed(("format",), "float-quantized")
+            | {"config_groups": changed((*GROUP, "weights", "type"), "float")["config_groups"]},
+            "no product on a CPU",
+        ),
         (changed(("format",), "pack-quantized"), "must be int-quantized or float-quantized"),
         (changed((*GROUP, "weights", "num_bits"), 4), "symmetric weights of 8 bits"),
         (changed((*GROUP, "weights", "strategy"), "group"), "has strategy 'group'"),
