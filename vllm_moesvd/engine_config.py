@@ -14,7 +14,7 @@ from typing import Any, Final
 from vllm_moesvd.audit import audit_folder
 from vllm_moesvd.compressed import METHOD, scheme_problem
 from vllm_moesvd.format import CONFIG_KEY, FAMILIES, Family
-from vllm_moesvd.loading import read_plan
+from vllm_moesvd.loading import ModelPlan, read_plan
 from vllm_moesvd.lora import limit_to_attention
 
 TRANSFORMERS_BACKENDS: Final = ("TransformersForCausalLM", "TransformersMoEForCausalLM")
@@ -104,6 +104,17 @@ def unsupported_feature(vllm_config: Any) -> str | None:
     return _eager_pipeline_on_cpu(vllm_config)
 
 
+def _too_few_experts(vllm_config: Any, plan: ModelPlan) -> str | None:
+    """With expert parallelism each process needs an expert of its own."""
+    parallel, experts = vllm_config.parallel_config, plan.shape.num_experts
+    if parallel.enable_expert_parallel and parallel.tensor_parallel_size > experts:
+        return (
+            f"moesvd: --enable-expert-parallel with {parallel.tensor_parallel_size} processes: the "
+            f"model has {experts} experts per layer; leave the option out or use fewer processes"
+        )
+    return None
+
+
 def _eager_pipeline_on_cpu(vllm_config: Any) -> str | None:
     """vLLM 0.32 makes a stage's input buffer in its warm-up, which an eager CPU engine skips."""
     from vllm.platforms import current_platform
@@ -143,9 +154,9 @@ def _factored_entry(family: Family, dense_entry: Any) -> type:
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             model_config = vllm_config.model_config
-            problem = unsupported_feature(vllm_config)
+            plan = read_plan(family, model_config.hf_config)
+            problem = unsupported_feature(vllm_config) or _too_few_experts(vllm_config, plan)
             if problem is None and model_config.quantization == METHOD:
-                plan = read_plan(family, model_config.hf_config)
                 problem = scheme_problem(family, plan.moe_layers, model_config.hf_config)
             if problem:
                 raise ValueError(problem)

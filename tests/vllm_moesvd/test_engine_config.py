@@ -97,6 +97,7 @@ def test_a_broken_entry_in_the_config_is_named(
         ({"enable_lora": True, "lora_target_modules": ["qkv_proj", "experts"]}, "modules experts"),
         ({"enable_lora": True, "enable_moe_shared_loras": True}, "--enable-moe-shared-loras"),
         ({"pipeline_parallel_size": 2}, "leave --enforce-eager out"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 8}, "has 4 experts per layer"),
         ({"load_format": "pt"}, "--load-format pt is not supported"),
         ({"load_format": "sharded_state"}, "--load-format sharded_state is not supported"),
         ({"quantization": "fp8", "dtype": "bfloat16"}, r"quantization \(fp8"),
