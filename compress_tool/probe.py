@@ -26,6 +26,7 @@ from compress_tool.durable import write_file
 from compress_tool.factorize.latent import solve_latent
 from compress_tool.factorize.narrow import solve_narrow
 from compress_tool.factorize.problem import LayerProblem, routed_output
+from compress_tool.factorize.side_by_side import steady_sums
 from compress_tool.factors import LayerFactors
 from compress_tool.folder import read_json_object
 from compress_tool.layer_stats import LayerStatistics
@@ -132,7 +133,9 @@ def probe_layers(
         names, states = [], []
         here = replace(problem, statistics=routed)
         y_TD = routed_output(routed, problem.experts, activation)
-        for name, factors in _probes(problem):
+        with steady_sums(problem.shape, problem.device):
+            candidates = _probes(problem)
+        for name, factors in candidates:
             change_TD = stored_output(here, factors) - y_TD
             names.append(name)
             states.append(entering_NSD + change_TD.view_as(entering_NSD))
@@ -170,7 +173,7 @@ def _probes(problem: LayerProblem) -> list[tuple[str, LayerFactors]]:
         (f"narrow-{width}", solution.factors)
         for width, solution in zip(widths, solve_narrow(problem, widths), strict=True)
     ]
-    y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
+    y_TD = routed_output(problem.statistics, problem.experts, problem.activation, problem.workers)
     for rank in probe_ranks(problem.shape):
         probes.append((f"latent-{rank}", solve_latent(problem, y_TD, rank, rank).factors))
     return probes

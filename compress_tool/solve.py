@@ -27,7 +27,7 @@ from compress_tool.factorize.problem import (
 )
 from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import SharedSolution, solve_shared_v
-from compress_tool.factorize.side_by_side import num_workers
+from compress_tool.factorize.side_by_side import num_workers, steady_sums
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from compress_tool.factors import LatentFactors, LayerFactors, NarrowFactors, SharedFactors
 from compress_tool.fisher import fisher_base
@@ -108,7 +108,8 @@ def solve_layer(
     """
     y_TD = routed_output(problem.statistics, problem.experts, problem.activation, problem.workers)
     _check_finite(layer, {"the dense output": y_TD})
-    factors, entry = _closed_form(recipe, spec, problem, y_TD)
+    with steady_sums(problem.shape, problem.device):
+        factors, entry = _closed_form(recipe, spec, problem, y_TD)
     predicted = entry["predicted_loss"]
     if recipe.num_refit_steps > 0 and isinstance(factors, LatentFactors | NarrowFactors):
         target_TD = y_TD if drift_TD is None else y_TD + drift_TD

@@ -12,8 +12,7 @@ No SVD is computed and nothing larger than the smaller side of W is decomposed:
 * W tall: XᵀX = S Sᵀ is shared by gate and up; the eigenvectors of Sᵀ(WᵀW)S, times S⁻¹, are V.
 
 Products over tokens run in fp64 up to PRECISE_SIZE, above it in fp32 chunks summed in fp64.
-Memory: the tokens of the experts in work (`side_by_side`), and their neurons on them where they
-number at most FOLLOWED_WIDTH.
+Memory: the tokens of the experts in work, and up to FOLLOWED_WIDTH neurons on them.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ FOLLOWED_WIDTH: Final = 2048
 """Up to this width W̃ is solved for, F x F. Wider experts fit U alone, which has half the gain."""
 
 ROUNDING_MARGIN: Final = 16.0
-"""A rounded V has some eps²/12 of the energy as error: it is refitted where that is more than
-half a percent of the tail."""
+"""A rounded V is refitted where its eps²/12 of the energy is half a percent of the tail."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,11 +277,6 @@ def _followed(
         yield h_nF.mul_(product(up_z, u_up_FR)).mul_(scale)
 
 
-def _trust(tokens: _Tokens, width: int) -> float:
-    """Weight of W2 itself beside the tokens: as `shared_basis` shrinks an expert's Gram."""
-    return width / (tokens.count + width)
-
-
 def _down_narrow(
     w_DF: torch.Tensor,
     tokens: _Tokens,
@@ -293,7 +286,8 @@ def _down_narrow(
 ) -> Truncated:
     """Down for the compressed neurons h' if given, for the dense ones h otherwise.
 
-    With C = Σ h' h'ᵀ + λ and K = Σ h h'ᵀ + λ the least-squares weight is W̃ = W2 K C⁻¹.
+    With C = Σ h' h'ᵀ + λ and K = Σ h h'ᵀ + λ the least-squares weight is W̃ = W2 K C⁻¹. λ, the
+    weight of W2 itself, shrinks with the tokens as in `shared_basis`.
     """
     dtype, width = tokens.dtype, w_DF.shape[1]
     if followed is None:
@@ -302,7 +296,7 @@ def _down_narrow(
     else:
         used = list(followed)
         gram_FF = _summed(used, used)
-        ridge = _trust(tokens, width) * gram_FF.diagonal().mean().item() or 1.0
+        ridge = width / (tokens.count + width) * gram_FF.diagonal().mean().item() or 1.0
         gram_FF.diagonal().add_(ridge)
         cross_FF = _summed(tokens.h, used)
         cross_FF.diagonal().add_(ridge)
@@ -350,7 +344,7 @@ def _down_wide(
         inner_RR += inner(z_nR, z_nR)
         cross_RD += inner(z_nR, y_nD)
         energy += h_nF.square().sum().item()
-    ridge = _trust(tokens, width) * energy / width if energy > 0 else 1.0
+    ridge = width / (tokens.count + width) * energy / width if energy > 0 else 1.0
     inner_RR += ridge * product(v_RF, v_RF).double()
     cross_RD += ridge * product(v_RF, w_DF).double()
     return Truncated(u_mR=solve_spd(inner_RR, cross_RD).T, v_Rn=v_RF, spectrum=spectrum)

@@ -18,6 +18,7 @@ from compress_tool.factorize.per_expert import solve_per_expert
 from compress_tool.factorize.problem import LayerProblem, routed_output
 from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import solve_shared_v
+from compress_tool.factorize.side_by_side import steady_sums
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from compress_tool.factors import LayerFactors
 from compress_tool.packing import folded_factors
@@ -113,3 +114,22 @@ def test_fp32_products_depend_on_no_thread_and_little_on_rounding(method, monkey
         torch.set_num_threads(before)
     assert distance(problem, one, two) < 1e-7
     assert distance(problem, one, noisy) < SINGLE_TOLERANCES[method]
+
+
+@pytest.mark.parametrize("method", ["latent", "shared-v", "svd"])
+def test_above_fp64_sizes_threads_change_no_bit(method):
+    """Products of real size: BLAS cuts them by threads, and a truncation would enlarge that."""
+    problem = make_problem(hidden=640, width=576, experts=4, tokens=3000)
+    before = torch.get_num_threads()
+    outputs = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with steady_sums(problem.shape):
+                outputs.append(solved(problem, method))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for field in dataclasses.fields(outputs[0]):
+        one, two = (getattr(each, field.name) for each in outputs)
+        assert not isinstance(one, torch.Tensor) or torch.equal(one, two), field.name
