@@ -40,7 +40,7 @@ bench-quality: setup
 	$(BIN)/python -m benchmarks.quality
 
 bench-solver: setup
-	$(BIN)/python -m benchmarks.solver
+	$(BIN)/python -m benchmarks.solver --threads 2
 
 bench-serving: setup
 	$(BIN)/python -m benchmarks.serving
