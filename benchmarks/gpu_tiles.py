@@ -106,7 +106,7 @@ def _tile(numbers: tuple[int, int, int, int], group_m: int) -> Tile:
 
 
 class Layer:
-    """Random factors of one layer, V in several copies, and scratch that is only ever grown."""
+    """Random factors of one layer, V in several copies."""
 
     def __init__(self, model: Model, svd: bool) -> None:
         d, f, e = model.hidden_size, model.expert_width, model.num_experts
@@ -145,11 +145,9 @@ class Layer:
         tensor = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
         return tensor.normal_(std=shape[-1] ** -0.5)
 
-    def scratch(self, call: int) -> Callable[..., list[torch.Tensor]]:
-        def get(*wanted: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
-            return [torch.zeros(shape, dtype=kind, device="cuda") for shape, kind in wanted]
-
-        return get
+    @staticmethod
+    def _scratch(*wanted: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
+        return [torch.zeros(shape, dtype=kind, device="cuda") for shape, kind in wanted]
 
     def steps(self, tokens: int, table: TileTable) -> dict[str, Callable[[int], None]]:
         """The four products of call number `i`, each launched alone."""
@@ -169,11 +167,11 @@ class Layer:
         )
         plan = plan_launches(sizes, table)
         calls = []
-        for i in range(CALLS):
+        for _ in range(CALLS):
             x_TD = torch.randn(tokens, hidden, generator=generator, device="cuda")
             scores = torch.rand(tokens, self.experts, generator=generator, device="cuda")
             weights_TK, ids_TK = scores.topk(self.model.top_k)
-            s = forward._scratch(sizes, plan, 1, self.slots, torch.bfloat16, self.scratch(i))
+            s = forward._scratch(sizes, plan, 1, self.slots, torch.bfloat16, self._scratch)
             align(ids_TK, weights_TK, self.slots, s.routing)
             s.h_NF.normal_()
             s.w_CNq.normal_()

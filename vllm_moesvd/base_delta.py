@@ -8,7 +8,7 @@ all-reduce, like everything else.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -20,10 +20,9 @@ from vllm.model_executor.layers.fused_moe import (
 from vllm.utils.math_utils import round_up
 
 from vllm_moesvd.base_ops import base_experts
+from vllm_moesvd.cpu_packed import BASE
 from vllm_moesvd.layer import FactoredMoEMethod, FactoredRoutedExperts, rank_multiple
 from vllm_moesvd.loading import factor_loader
-
-BASE: Final = ("base_gate", "base_up", "base_down")
 
 
 class BaseDeltaRoutedExperts(FactoredRoutedExperts):

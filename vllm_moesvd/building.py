@@ -26,11 +26,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import round_up
 
-from vllm_moesvd.base_delta import BASE, BaseDeltaRoutedExperts
+from vllm_moesvd.base_delta import BaseDeltaRoutedExperts
 from vllm_moesvd.cpu_experts import CpuExperts
+from vllm_moesvd.cpu_packed import BASE, FACTORS
 from vllm_moesvd.format import PROJECTIONS, FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 from vllm_moesvd.latent import LatentOutput, latent_input
-from vllm_moesvd.layer import FACTORS, FactoredRoutedExperts
+from vllm_moesvd.layer import FactoredRoutedExperts
 from vllm_moesvd.loading import Destination, ModelPlan
 
 FACTORY_NAME: Final = "FusedMoEFactory"

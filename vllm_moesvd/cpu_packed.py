@@ -179,21 +179,10 @@ def _one_token(
     return y_1D.to(x_1D.dtype)
 
 
-def _packed_layer_fake(
-    x_TD: torch.Tensor,
-    slot_TK: torch.Tensor,
-    gate_TK: torch.Tensor,
-    handlers: Sequence[torch.Tensor],
-    rows: Sequence[int],
-    slot_group: Sequence[int],
-) -> torch.Tensor:
-    return torch.empty_like(x_TD)
-
-
-def register_cpu_operator(
-    function: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
-) -> None:
+def register_cpu_operator(function: Callable[..., torch.Tensor]) -> None:
     """Make `torch.ops.moesvd.<name>` of a function, opaque to the compiler, for the CPU.
+
+    To the compiler its output is a new tensor like its first argument.
 
     Not by `torch.library.custom_op`: its Python wrappers take 30 microseconds of every call.
     """
@@ -201,10 +190,14 @@ def register_cpu_operator(
     schema = torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"moesvd::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"moesvd::{name}", _like_the_first, lib=_LIBRARY)
 
 
-register_cpu_operator(packed_layer, _packed_layer_fake)
+def _like_the_first(x_TD: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x_TD)
+
+
+register_cpu_operator(packed_layer)
 
 
 def silu_and_mul(h_N2F: torch.Tensor) -> torch.Tensor:

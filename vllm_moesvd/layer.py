@@ -32,13 +32,12 @@ from vllm.utils.math_utils import round_up
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_moesvd import kernels, ops
-from vllm_moesvd.cpu_packed import PackedLayer, pack_layer
+from vllm_moesvd.cpu_packed import FACTORS, PackedLayer, pack_layer
 from vllm_moesvd.expert_parallel import LocalRows, local_experts
 from vllm_moesvd.format import FactoredSpec
 from vllm_moesvd.kernels.slots import SlotTable, rank_slots
 from vllm_moesvd.loading import factor_loader
 
-FACTORS: Final = ("v_gate", "v_up", "v_down", "u_gate", "u_up", "u_down")
 SLOT_RANKS: Final = ("rank_E", "slot_S", "group_S")
 """Buffers with the fields of these names of `kernels.slots.SlotTable`."""
 
