@@ -31,6 +31,7 @@ from vllm_moesvd.cpu_experts import CpuExperts
 from vllm_moesvd.cpu_packed import BASE, FACTORS
 from vllm_moesvd.format import PROJECTIONS, FactoredSpec, LatentSpec, LayerSpec, NarrowSpec
 from vllm_moesvd.latent import LatentOutput, latent_input
+from vllm_moesvd.latent_runner import LatentRunner, takes_shared
 from vllm_moesvd.layer import FactoredRoutedExperts
 from vllm_moesvd.loading import Destination, ModelPlan
 
@@ -61,32 +62,6 @@ class BuiltLayer:
     index: int
     spec: LayerSpec
     runner: MoERunner
-
-
-class OuterGateRunner(MoERunner):  # type: ignore[misc]
-    """vLLM's runner for models that leave the router to it, around experts of another hidden size.
-
-    vLLM's own would apply the router to z = V x; this one applies it to x.
-    """
-
-    def __init__(self, *args: Any, router_gate: torch.nn.Module, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # The model owns the module; as an attribute its weights would get a second name.
-        object.__setattr__(self, "router_gate", router_gate)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-        input_ids: torch.Tensor | None = None,
-        shared_experts_input: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Output [T, D]; what the caller passes as `router_logits` is not used."""
-        logits_TE, _ = self.router_gate(hidden_states)
-        output_TD: torch.Tensor = super().forward(
-            hidden_states, logits_TE, input_ids, shared_experts_input
-        )
-        return output_TD
 
 
 @contextmanager
@@ -224,12 +199,15 @@ def _latent_arguments(spec: LatentSpec, call: dict[str, Any], replicate: bool) -
     if spec.bias and call.get("apply_routed_scale_to_output"):
         # In fp16 vLLM divides everything else by the scale, and there is no hook for the bias.
         _refuse_half_precision(call)
-    runner: dict[str, Any] = {}
-    if call.get("gate") is not None:
-        router_gate = {"router_gate": call["gate"]}
-        runner = {"gate": None, "runner_cls": OuterGateRunner, "runner_args": router_gate}
-    return runner | {
+    shared, taken = call.get("shared_experts"), None
+    if takes_shared(shared):
+        shared, taken = None, shared
+    return {
         "hidden_size": rank,
+        "gate": None,
+        "shared_experts": shared,
+        "runner_cls": LatentRunner,
+        "runner_args": {"router_gate": call.get("gate"), "shared_mlp": taken},
         "routed_input_transform": latent_input(
             hidden_size,
             rank,

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from vllm_moesvd.kernels.tiles import Bucket, TileTable
+from vllm_moesvd.kernels.tiles import PROGRAMS_PER_UNIT, Bucket, Tile, TileTable
+
+JOINED_HEIGHTS: Final = (16, 32, 64)
+"""Rows of the blocks of a joined product; each is another program."""
+MAX_JOINED_TOKENS: Final = JOINED_HEIGHTS[-1]
+"""With more tokens every program would read more of x than of its matrix, and cuBLAS is better."""
+_STEP_NUMBERS: Final = 4096
+"""Weights in one step of a joined product: three steps on their way are 24 KB for every program,
+which is what a multiprocessor of an H100 must have asked for to get its share of the bandwidth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,3 +105,30 @@ def plan_launches(sizes: LayerSizes, table: TileTable) -> Plan:
         joins_base_down=by_token.block_m == by_slot.block_m
         or down_programs < table.target_programs,
     )
+
+
+def plan_joined(num_tokens: int, columns: Sequence[int], table: TileTable) -> tuple[int, Tile]:
+    """Rows of a block and the tile of a joined product with matrices of so many `columns`.
+
+    Tiles of columns are as narrow as two programs for each multiprocessor need them, at least 16
+    wide and half as wide as the block is high: every program reads all of x. At most 32 or as wide
+    as it is high, where a program reads no more of x than of its matrix.
+    """
+    if not 0 < num_tokens <= MAX_JOINED_TOKENS:
+        raise ValueError(
+            f"moesvd: a joined product of {num_tokens} tokens; expected 1 to {MAX_JOINED_TOKENS}"
+        )
+    block_m = next(rows for rows in JOINED_HEIGHTS if num_tokens <= rows)
+    block_n = max(16, block_m // 2)
+    wanted = 2 * (table.target_programs // PROGRAMS_PER_UNIT)
+    while block_n < max(32, block_m) and sum(-(-c // (2 * block_n)) for c in columns) >= wanted:
+        block_n *= 2
+    tile = Tile(
+        block_n=block_n,
+        block_k=_STEP_NUMBERS // block_n,
+        # Four warps spill a few bytes on Hopper and Blackwell with more rows.
+        num_warps=4 if block_m == 16 else 8,
+        num_stages=table.bucket(1, 1).linear.num_stages,
+        group_m=1,
+    )
+    return block_m, tile

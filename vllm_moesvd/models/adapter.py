@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm_moesvd.building import core_shapes, destinations, factored_layers
 from vllm_moesvd.engine_config import replicate_option
 from vllm_moesvd.format import Family
+from vllm_moesvd.latent_runner import take_over_routers
 from vllm_moesvd.loading import open_ledger, read_plan, route_tensors
 
 
@@ -36,6 +37,7 @@ class FactoredModel:
         given_config = copy.deepcopy(hf_config)
         with factored_layers(type(self), plan, replicate=replicate_option(vllm_config)) as built:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        take_over_routers(self)  # type: ignore[arg-type]
         built_indices = {layer.index for layer in built}
         absent = sorted(set(plan.spec.layers) - built_indices)
         if absent and get_pp_group().world_size == 1:

@@ -180,3 +180,43 @@ def expected(case: Case, given: Inputs) -> torch.Tensor:
 def poisoned(*wanted: ShapeAndType) -> list[torch.Tensor]:
     poison = {torch.int32: -(2**30)}
     return [torch.full(shape, poison.get(t, float("nan")), dtype=t) for shape, t in wanted]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedCase:
+    """Matrices that multiply the same tokens: router, V, gate and up of shared experts, a gate."""
+
+    reason: str
+    tokens: int
+    columns: tuple[int, ...]
+    hidden: int = 40
+    wide_logits: bool = False
+
+    def out_dtype(self, index: int, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.wide_logits and index == 0 else dtype
+
+
+JOINED_CASES = (
+    JoinedCase(reason="one token, every tile masked", tokens=1, columns=(8, 23)),
+    JoinedCase(reason="a rank that no tile divides", tokens=3, columns=(8, 50), hidden=67),
+    JoinedCase(reason="every size a multiple of its tile", tokens=16, columns=(16, 32), hidden=256),
+    JoinedCase(reason="as many experts as ranks", tokens=16, columns=(8, 8)),
+    JoinedCase(reason="one matrix: the model keeps its router", tokens=5, columns=(37,)),
+    JoinedCase(reason="one token more than a block", tokens=17, columns=(60, 37), hidden=300),
+    JoinedCase(reason="60 experts and a shared expert with its gate: Qwen1.5-MoE", tokens=33,
+               columns=(60, 37, 50, 1)),
+    JoinedCase(reason="the same, one token", tokens=1, columns=(60, 37, 50, 1), hidden=512),
+    JoinedCase(reason="256 experts, fp32 logits, shared experts: DeepSeek-V3", tokens=64,
+               columns=(256, 45, 64), hidden=128, wide_logits=True),
+    JoinedCase(reason="the same, one token", tokens=1, columns=(256, 45, 64), wide_logits=True),
+    JoinedCase(reason="fp32 logits beside V alone", tokens=64, columns=(8, 70), hidden=130,
+               wide_logits=True),
+)  # fmt: skip
+
+
+def joined_inputs(case: JoinedCase, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    x_TD = torch.randn(case.tokens, case.hidden, generator=generator).to(dtype)
+    scale = case.hidden**-0.5
+    weights = [torch.randn(c, case.hidden, generator=generator) * scale for c in case.columns]
+    return x_TD, [weight.to(dtype) for weight in weights]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_equality.py", "test_routing.py"])
+@pytest.mark.parametrize("name", ["test_equality.py", "test_routing.py", "test_joined.py"])
 def test_kernels_pass_in_the_interpreter(name: str) -> None:
     """The interpreter must be chosen before Triton is imported, hence another process."""
     file = Path(__file__).with_name(name)
