@@ -118,7 +118,7 @@ def layer_terms(layer: LatentLayer, *, tokens: int, tp_size: int, joins: bool = 
     )
     part = rank // tp_size
     if tp_size > 1:
-        sent = ELEMENT * t * part * (tp_size - 1)
+        sent: float = ELEMENT * t * part * (tp_size - 1)
         terms.append(Term(name="all-gather z", num_bytes=sent, is_exchange=True))
     experts = dense_terms(core, tokens=t, tp_size=tp_size)
     terms += [term for term in experts if not term.is_exchange]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +32,8 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.plugins import load_general_plugins
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_moesvd.latent_runner import LatentRunner
+
 
 def engine_config(path: Path, **arguments: Any) -> VllmConfig:
     """What `vllm serve PATH` would check and configure before it starts anything."""
@@ -54,6 +58,28 @@ def load_model(config: VllmConfig) -> torch.nn.Module:
         patch.object(torch.accelerator, "empty_cache", lambda: None),
     ):
         return get_model(vllm_config=config)
+
+
+@contextmanager
+def plain_weights() -> Iterator[None]:
+    """Linear layers keep their weights when a model is loaded, as on a GPU."""
+
+    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    with patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", keep):
+        yield
+
+
+def join_products(model: torch.nn.Module) -> int:
+    """Let latent layers multiply x as on a GPU, by the operator; how many layers do.
+
+    The model must have been loaded with `plain_weights`.
+    """
+    runners = [module for module in model.modules() if isinstance(module, LatentRunner)]
+    for runner in runners:
+        runner.is_joined = True
+    return len(runners)
 
 
 def run_moe_block(

@@ -205,14 +205,15 @@ def test_three_processes_sum_the_shared_expert_once(tmp_path: Path) -> None:
     }
     made = hand_made(LAYERS, exact=False, family=BY_NAME["qwen2_moe"], **sizes)
     blocks = transformers_blocks(made, tmp_path / "dense")
-    work = run_blocks(made, tmp_path, TP_SIZE, ["sharded", "replicated"])
+    modes = ["sharded", "replicated", "joined"]
+    work = run_blocks(made, tmp_path, TP_SIZE, modes)
     x_TD = load_file(work / "input.safetensors")["x_TD"]
     for rank in range(TP_SIZE):
         outputs = load_file(work / f"output-{rank}.safetensors")
         for layer in LAYERS:
             with torch.no_grad():
                 expected = blocks[layer](x_TD[None])[0] + made.bias.get(layer, torch.zeros(96))
-            for mode in ("sharded", "replicated"):
+            for mode in modes:
                 actual = outputs[f"{mode}.{layer}"]
                 assert are_close(actual, expected), (layer, mode, distance(actual, expected))
 

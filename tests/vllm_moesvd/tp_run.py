@@ -19,8 +19,10 @@ MODES: Final[dict[str, dict[str, Any]]] = {
     "sharded": {},
     "replicated": {"additional_config": {"moesvd": {"replicate": True}}},
     "experts": {"enable_expert_parallel": True},
+    "joined": {},
 }
-"""How the processes share a layer: options of the engine."""
+"""How the processes share a layer: options of the engine. With `joined` latent layers multiply x
+by the operator, as on a GPU."""
 
 
 def main() -> None:
@@ -41,7 +43,12 @@ def main() -> None:
             for name, parameter in harness.build_model(config).named_parameters()
         }
         config = harness.engine_config(work / "checkpoint", **arguments)
-        model = harness.load_model(config)
+        if mode == "joined":
+            with harness.plain_weights():
+                model = harness.load_model(config)
+            assert harness.join_products(model)
+        else:
+            model = harness.load_model(config)
         for layer in range(6):
             outputs[f"{mode}.{layer}"] = harness.run_moe_block(model, config, layer, x_TD)
     save_file(outputs, work / f"output-{rank}.safetensors")
