@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 
 from tests.vllm_moesvd.closeness import are_close, distance
 from tests.vllm_moesvd.hand_made import MIXTRAL
-from vllm_moesvd import cpu_packed, ops, reference
+from vllm_moesvd import cpu_packed, cpu_products, ops, reference
 from vllm_moesvd.cpu_packed import BASE, FACTORS, PackedLayer, pack_layer
 from vllm_moesvd.format import FactoredSpec, MoEShape, layer_tensors
 
@@ -174,7 +174,7 @@ def test_experts_of_latent_and_narrow_layers(tokens: int, width: int) -> None:
     layer = torch.nn.Module()
     layer.w13_weight = torch.nn.Parameter(torch.cat([gate, up], dim=1), requires_grad=False)
     layer.w2_weight = torch.nn.Parameter(down.clone(), requires_grad=False)
-    packed = cpu_packed.pack(layer, ("w13_weight", "w2_weight"))
+    packed = cpu_products.pack(layer, [["w13_weight"], ["w2_weight"]])
     if packed is None:
         pytest.skip("this CPU has no such product")
     x_TD, index_TK, gate_TK = routing(tokens)
