@@ -256,7 +256,12 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     )
     recipe.add_argument("--samples", type=int, metavar="N", help="calibration sequences (128)")
     recipe.add_argument("--seq-len", type=int, metavar="S", help="tokens per sequence (512)")
-    recipe.add_argument("--batch-size", type=int, metavar="B", help="sequences at once (8)")
+    recipe.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help="calibration sequences in work at once, which changes no result (8)",
+    )
     recipe.add_argument("--seed", type=int, metavar="N", help="choice of calibration windows (0)")
     recipe.add_argument(
         "--dtype", choices=STORE_DTYPES, help="dtype of the factors (default: source)"

@@ -2,8 +2,8 @@
 
 One decoder layer is in memory at a time and all sequences pass through it. After each layer the
 hidden states go to disk before the layer counts as done, so a killed run goes on at the first
-unfinished layer and writes the same bytes (with the same batch size and number of threads; other
-ones change the last bits).
+unfinished layer and writes the same bytes. Sequences are computed one by one (`run_sequences`), so
+`batch_size` and the number of threads change none of them.
 
 Memory: the hidden states (N * S * D numbers), and what `streaming` says. Disk: `calibration_bytes`.
 """
@@ -59,7 +59,7 @@ def calibrate(
         if layer in checkpoint.moe_layers:
             _run_observed(model, layer, hidden_NSD, batch_size, folder, progress)
         else:
-            model.run_layer(layer, hidden_NSD, batch_size)
+            model.run_sequences(layer, hidden_NSD, batch_size)
         folder.write_hidden(layer, hidden_NSD)
         progress("calibrate", layer + 1, num_layers, "")
     return files
@@ -73,7 +73,7 @@ def _run_observed(
     folder: CalibrationFolder,
     progress: ProgressCallback,
 ) -> None:
-    """Run one MoE layer and write what its experts see, reporting after every batch."""
+    """Run one MoE layer and write what its experts see, reporting after every sequence."""
     num_sequences, seq_len = hidden_NSD.shape[:2]
     num_layers = folder.checkpoint.num_layers
     with folder.writer(layer) as writer:
@@ -83,4 +83,4 @@ def _run_observed(
             done = f"layer {layer}, sequence {writer.num_written // seq_len} of {num_sequences}"
             progress("calibrate", layer, num_layers, done)
 
-        model.run_layer(layer, hidden_NSD, batch_size, observe)
+        model.run_sequences(layer, hidden_NSD, batch_size, observe)

@@ -8,6 +8,7 @@ transformers gives its MoE families one experts interface: the module has `gate_
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, Final
 
 import torch
@@ -53,20 +54,26 @@ def forward(
     if module.moesvd_dynamic is not None:
         left_out = module.moesvd_dynamic.left_out(module, x_TD, gate_TK)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-    for expert in range(module.num_experts):
-        token, slot = torch.nonzero(index_TK == expert, as_tuple=True)
-        if len(token) == 0:
+    # Pairs of a token and a choice by expert, and by token within one.
+    pair_N = index_TK.flatten().argsort(stable=True)
+    token_N, gate_N1 = pair_N // index_TK.shape[1], gate_TK.flatten()[pair_N, None].float()
+    counts = torch.bincount(index_TK.flatten(), minlength=module.num_experts).tolist()
+    ends = list(accumulate(counts))
+    for expert, (count, end) in enumerate(zip(counts, ends, strict=True)):
+        if count == 0:
             continue
-        a = linear(x_TD[token], module.gate_up_proj[expert])
+        token = token_N[end - count : end]
+        x = x_TD[token]
+        a = linear(x, module.gate_up_proj[expert])
         if left_out is not None:
-            a = left_out.take_from_neurons(a, x_TD[token])
+            a = left_out.take_from_neurons(a, x)
         h = module._apply_gate(a)
         y = linear(h, module.down_proj[expert])
         if left_out is not None:
             y = left_out.take_from_output(y, h)
         y = y.float()
         # A token meets an expert at most once, so no two additions race for one row.
-        y_TD.index_add_(0, token, y * gate_TK[token, slot, None].float())
+        y_TD.index_add_(0, token, y * gate_N1[end - count : end])
     if module.moesvd_bias_D is not None:
         y_TD += module.moesvd_bias_D
     return y_TD.to(x_TD.dtype)

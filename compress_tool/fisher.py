@@ -41,6 +41,7 @@ from compress_tool.durable import write_file
 from compress_tool.errors import InputError, NumericsError, ResourceError
 from compress_tool.factorize.problem import ExpertWeights
 from compress_tool.layer_stats import LayerStatistics
+from compress_tool.side_by_side import steady_sums
 from compress_tool.sizing import FISHER_SEQUENCES, fisher_bytes
 from compress_tool.streaming import StreamedModel
 
@@ -81,8 +82,13 @@ def measure_fisher(
     if all(fisher_file(directory, layer).exists() for layer in checkpoint.moe_layers):
         folder.forget()
         return
-    num_layers = checkpoint.num_layers
-    model = StreamedModel(checkpoint, device=device)
+    with steady_sums(checkpoint.shape, str(device)):
+        _both_ways(StreamedModel(checkpoint, device=device), folder, progress)
+
+
+def _both_ways(model: StreamedModel, folder: _Folder, progress: ProgressCallback) -> None:
+    """Forward through all layers, then backward, from wherever an earlier process stopped."""
+    num_layers = folder.checkpoint.num_layers
     last = folder.last_gradient()
     if last is None:
         gradient_NSD = _head_gradient(model, folder, _forward(model, folder, progress))
@@ -91,7 +97,7 @@ def measure_fisher(
         folder.forget_state(last)
     else:
         gradient_NSD = folder.read("gradient", last)
-    for layer in reversed(range(checkpoint.moe_layers[0], last)):
+    for layer in reversed(range(folder.checkpoint.moe_layers[0], last)):
         progress("fisher", 2 * num_layers - layer, 2 * num_layers, f"backward, layer {layer}")
         gradient_NSD = _backward(model, folder, layer, gradient_NSD)
         folder.write("gradient", layer, gradient_NSD)

@@ -15,11 +15,11 @@ from compress_tool.checkpoint import Checkpoint, open_checkpoint
 from compress_tool.config import FISHER, Recipe
 from compress_tool.errors import InputError
 from compress_tool.factorize.refit import BATCH_TOKENS
-from compress_tool.factorize.side_by_side import num_workers
 from compress_tool.paper_plan import CLUSTERS_FILE, known_measures
 from compress_tool.planning import final_plan, first_plan
 from compress_tool.probe import known_probes
 from compress_tool.promised import promised_checkpoint
+from compress_tool.side_by_side import num_workers
 from compress_tool.sizing import (
     FISHER_SEQUENCES,
     PROBE_TOKENS,

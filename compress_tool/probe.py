@@ -26,10 +26,10 @@ from compress_tool.durable import write_file
 from compress_tool.factorize.latent import solve_latent
 from compress_tool.factorize.narrow import solve_narrow
 from compress_tool.factorize.problem import LayerProblem, routed_output
-from compress_tool.factorize.side_by_side import steady_sums
 from compress_tool.factors import LayerFactors
 from compress_tool.folder import read_json_object
 from compress_tool.layer_stats import LayerStatistics
+from compress_tool.side_by_side import steady_sums
 from compress_tool.sizing import PROBE_TOKENS
 from compress_tool.solve import activation_of, layer_problem, stored_output
 from compress_tool.streaming import StreamedModel
@@ -122,10 +122,10 @@ def probe_layers(
     entering_NSD = model.embed_all(probed_NS, recipe.batch_size)
     dense_NSD = entering_NSD.clone()
     for layer in range(checkpoint.num_layers):
-        model.run_layer(layer, dense_NSD, recipe.batch_size)
+        model.run_sequences(layer, dense_NSD, recipe.batch_size)
     for layer in range(max(missing) + 1):
         if layer not in missing:
-            model.run_layer(layer, entering_NSD, recipe.batch_size)
+            model.run_sequences(layer, entering_NSD, recipe.batch_size)
             continue
         statistics = _rows(LayerStatistics.load(statistics_file(directory, layer)), fitted_T)
         problem = layer_problem(checkpoint, recipe, layer, statistics, activation, device)
@@ -141,7 +141,7 @@ def probe_layers(
             states.append(entering_NSD + change_TD.view_as(entering_NSD))
         for after in range(layer + 1, checkpoint.num_layers):
             for hidden_NSD in states:
-                model.run_layer(after, hidden_NSD, recipe.batch_size)
+                model.run_sequences(after, hidden_NSD, recipe.batch_size)
         losses = [mean_kl(model, dense_NSD, hidden_NSD) for hidden_NSD in states]
         known[layer] = dict(zip(names, losses, strict=True))
         write_file(file, [json.dumps(known).encode()])
@@ -159,7 +159,7 @@ def observed_layer(
     def observe(x_TD: torch.Tensor, index_TK: torch.Tensor, gate_TK: torch.Tensor) -> None:
         parts.append((x_TD.cpu().float(), index_TK.cpu().long(), gate_TK.cpu().float()))
 
-    model.run_layer(layer, hidden_NSD, batch_size, observe)
+    model.run_sequences(layer, hidden_NSD, batch_size, observe)
     x_TD, index_TK, gate_TK = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return LayerStatistics(
         x_TD=x_TD, index_TK=index_TK, gate_TK=gate_TK, num_experts=shape.num_experts

@@ -27,12 +27,12 @@ from compress_tool.factorize.problem import (
 )
 from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import SharedSolution, solve_shared_v
-from compress_tool.factorize.side_by_side import num_workers, steady_sums
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from compress_tool.factors import LatentFactors, LayerFactors, NarrowFactors, SharedFactors
 from compress_tool.fisher import fisher_base
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.packing import folded_expert, folded_factors
+from compress_tool.side_by_side import num_workers, steady_sums
 from compress_tool.sizing import d2_options, moe_svd_options, store_dtype
 from compress_tool.weight_error import keeps_order, layer_weight_error
 from vllm_moesvd.format import FactoredSpec, LatentSpec, LayerSpec, NarrowSpec

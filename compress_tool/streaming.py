@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import local
 from typing import Any, Final
 
 import torch
@@ -22,6 +23,7 @@ from compress_tool.errors import InputError, NumericsError, UnsupportedError, Us
 from compress_tool.experts import Observer, check_experts
 from compress_tool.meta_model import meta_model
 from compress_tool.packing import folded_expert, layer_bias
+from compress_tool.side_by_side import one_thread, side_by_side
 
 REST: Final = "rest"
 """The part that stays in memory: what is neither embedding, decoder layer nor head (the norm)."""
@@ -132,24 +134,66 @@ class StreamedModel:
         a layer without experts has nothing to see.
         Raises NumericsError when an output is not finite.
         """
+        with self._observed(layer, observer):
+            for start in range(0, len(hidden_NSD), batch_size):
+                rows = slice(start, start + batch_size)
+                self._store(layer, hidden_NSD, rows, self.call_layer(layer, hidden_NSD[rows]))
+        return hidden_NSD
+
+    def run_sequences(
+        self,
+        layer: int,
+        hidden_NSD: torch.Tensor,
+        at_once: int,
+        observer: Observer | None = None,
+    ) -> torch.Tensor:
+        """`run_layer` with every sequence computed alone, by one thread; returns the states.
+
+        A product's last bits depend on its number of rows and threads, and a truncation enlarges
+        them. Here nothing depends on either: on a CPU up to `at_once` sequences are in work side
+        by side, one for each thread, elsewhere one.
+        """
+        self._load(layer)
+        self._layer_calls(1, hidden_NSD.shape[1])
+        rows = [slice(number, number + 1) for number in range(len(hidden_NSD))]
+        seen = local()
+
+        def compute(row: slice) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+            seen.routed = ()
+            with torch.no_grad():
+                return self.call_layer(layer, hidden_NSD[row]), seen.routed
+
+        def keep(*routed: torch.Tensor) -> None:
+            seen.routed = routed
+
+        with self._observed(layer, keep if observer else None), one_thread(self._device) as threads:
+            computed = side_by_side(compute, rows, min(threads, at_once, len(rows)))
+            for row, (output, routed) in zip(rows, computed, strict=True):
+                if observer is not None and routed:
+                    observer(*routed)
+                self._store(layer, hidden_NSD, row, output)
+        return hidden_NSD
+
+    @contextmanager
+    def _observed(self, layer: int, observer: Observer | None) -> Iterator[None]:
+        """The layer is in memory, and `observer` sees what its experts are given."""
         self._load(layer)
         experts = self._experts.get(layer)
         if experts is not None:
             experts.moesvd_observer = observer
         try:
-            for start in range(0, hidden_NSD.shape[0], batch_size):
-                rows = slice(start, start + batch_size)
-                output = self.call_layer(layer, hidden_NSD[rows])
-                if not output.isfinite().all():
-                    raise NumericsError(
-                        f"{self._checkpoint.path}: layer {layer} gives NaN or infinite hidden "
-                        f"states in {self._dtype}; check the weights of that layer, or use float32"
-                    )
-                hidden_NSD[rows] = output.to(hidden_NSD)
+            yield
         finally:
             if experts is not None:
                 experts.moesvd_observer = None
-        return hidden_NSD
+
+    def _store(self, layer: int, states: torch.Tensor, rows: slice, output: torch.Tensor) -> None:
+        if not output.isfinite().all():
+            raise NumericsError(
+                f"{self._checkpoint.path}: layer {layer} gives NaN or infinite hidden "
+                f"states in {self._dtype}; check the weights of that layer, or use float32"
+            )
+        states[rows] = output.to(states)
 
     def call_layer(self, layer: int, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """One batch through one layer, on the device; gradients flow where the caller has them."""

@@ -60,7 +60,7 @@ class Trajectory:
         """Run both models through the dense `layer`; the compressed prefix ends before it."""
         self._enter(layer)
         sizes = self._batch_size, self._checkpoint.shape
-        self._model.run_layer(layer, self._dense_NSD, self._batch_size)
+        self._model.run_sequences(layer, self._dense_NSD, self._batch_size)
         statistics = observed_layer(self._model, layer, self._ours_NSD, *sizes)
         self._model.free()
         drift_TD = (self._dense_NSD - self._ours_NSD).flatten(0, 1)
@@ -70,7 +70,7 @@ class Trajectory:
         """The layer stays as it is: run both models through it."""
         self._enter(layer)
         for hidden_NSD in (self._dense_NSD, self._ours_NSD):
-            self._model.run_layer(layer, hidden_NSD, self._batch_size)
+            self._model.run_sequences(layer, hidden_NSD, self._batch_size)
         self._model.free()
 
     def commit(self, layer: int, change_TD: torch.Tensor | None) -> None:

@@ -17,9 +17,9 @@ from compress_tool.factorize.products import moment, product, product_dtype
 from compress_tool.factorize.row_weights import row_weights
 from compress_tool.factorize.shared_basis import solve_shared_basis
 from compress_tool.factorize.shared_v import pooled_inputs
-from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factorize.whitening import solve_spd, symmetric_eigen, tail_share
 from compress_tool.factors import LatentFactors
+from compress_tool.side_by_side import side_by_side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,9 +17,9 @@ from typing import Final
 import torch
 
 from compress_tool.factorize.problem import LayerProblem
-from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factorize.whitening import damped, gram, solve_spd
 from compress_tool.factors import NarrowFactors
+from compress_tool.side_by_side import side_by_side
 
 NEURON_DAMPING: Final = 1e-4
 """Share of the mean neuron energy added to H: neurons are far more collinear than inputs."""

@@ -18,9 +18,9 @@ import torch
 from compress_tool.errors import NumericsError
 from compress_tool.factorize.problem import LayerProblem
 from compress_tool.factorize.shared_v import SharedSolution
-from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factorize.whitening import damped, gram, symmetric_eigen, tail_share
 from compress_tool.factors import SharedFactors
+from compress_tool.side_by_side import side_by_side
 from vllm_moesvd.format import PROJECTIONS, Projection
 
 

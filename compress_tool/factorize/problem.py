@@ -9,8 +9,8 @@ import torch
 from torch import split
 
 from compress_tool.factorize.products import product, products
-from compress_tool.factorize.side_by_side import num_workers, side_by_side
 from compress_tool.layer_stats import LayerStatistics
+from compress_tool.side_by_side import num_workers, side_by_side
 from vllm_moesvd.format import MoEShape
 
 ExpertWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -20,7 +20,6 @@ from compress_tool.factorize.products import (
     product,
     product_dtype,
 )
-from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factorize.whitening import (
     damped,
     orthonormal_rows,
@@ -28,6 +27,7 @@ from compress_tool.factorize.whitening import (
     symmetric_eigen,
     tail_share,
 )
+from compress_tool.side_by_side import side_by_side
 
 Rows = Callable[[int], torch.Tensor]
 Weight = Callable[[int], torch.Tensor]

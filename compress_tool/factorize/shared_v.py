@@ -20,8 +20,8 @@ from compress_tool.factorize.shared_basis import (
     pooled_from,
     solve_shared_basis,
 )
-from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factors import SharedFactors
+from compress_tool.side_by_side import side_by_side
 from vllm_moesvd.format import PROJECTIONS, Projection
 
 

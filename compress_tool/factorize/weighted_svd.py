@@ -38,8 +38,8 @@ from compress_tool.factorize.products import (
 )
 from compress_tool.factorize.row_weights import RowWeights
 from compress_tool.factorize.shared_v import SharedSolution
-from compress_tool.factorize.side_by_side import side_by_side
 from compress_tool.factorize.whitening import DAMPING, orthonormal_rows, solve_spd, tail_share
+from compress_tool.side_by_side import side_by_side
 from vllm_moesvd.format import PROJECTIONS, Projection
 
 FOLLOWED_WIDTH: Final = 2048

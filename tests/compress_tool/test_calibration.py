@@ -83,9 +83,8 @@ def test_statistics_do_not_depend_on_the_batch_size(tmp_path):
     for first, second in zip(one, many, strict=True):
         a, b = LayerStatistics.load(first), LayerStatistics.load(second)
         assert torch.equal(a.index_TK, b.index_TK)
-        assert (a.x_TD - b.x_TD).norm() / a.x_TD.norm() < 1e-6
-        gram = a.gram(0)
-        assert (b.gram(0) - gram).norm() / gram.norm() < 1e-6
+        assert torch.equal(a.x_TD, b.x_TD)
+        assert torch.equal(a.gate_TK, b.gate_TK)
 
 
 def test_an_expert_that_is_never_routed_to_has_no_tokens(tmp_path):

@@ -18,10 +18,10 @@ from compress_tool.factorize.per_expert import solve_per_expert
 from compress_tool.factorize.problem import LayerProblem, routed_output
 from compress_tool.factorize.refit import refit
 from compress_tool.factorize.shared_v import solve_shared_v
-from compress_tool.factorize.side_by_side import steady_sums
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from compress_tool.factors import LayerFactors
 from compress_tool.packing import folded_factors
+from compress_tool.side_by_side import steady_sums
 from tests.compress_tool.factorize.problems import make_problem
 from tests.compress_tool.factorize.test_forms import dense_output
 

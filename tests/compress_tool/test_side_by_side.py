@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from compress_tool.factorize.side_by_side import num_workers, side_by_side
+from compress_tool.side_by_side import num_workers, side_by_side
 from vllm_moesvd.format import MoEShape
 
 MIXTRAL = MoEShape(hidden_size=4096, expert_width=14336, num_experts=8, top_k=2)

@@ -1,4 +1,4 @@
-"""Experts of one layer worked on side by side, on a CPU with several cores.
+"""Experts of one layer, or sequences, worked on side by side, on a CPU with several cores.
 
 `eigh`, Cholesky and the elimination of neurons gain little from BLAS threads (their inner loops
 are small), while experts are independent: with a thread for each the whole machine is busy. Results
@@ -48,17 +48,32 @@ def steady_sums(shape: MoEShape, device: str = "cpu") -> Iterator[None]:
     truncation takes what moved a hundred to a thousand times as far where singular values lie
     close together. Experts above WEIGHT_BYTES keep all threads, and with them those last bits.
     """
-    threads = torch.get_num_threads()
     fits = 4 * 3 * shape.expert_width * shape.hidden_size <= WEIGHT_BYTES
     if torch.device(device).type != "cpu" or not fits or _threads.get() is not None:
         yield
         return
-    token = _threads.set(threads)
+    with one_thread(device) as threads:
+        token = _threads.set(threads)
+        try:
+            yield
+        finally:
+            _threads.reset(token)
+
+
+@contextmanager
+def one_thread(device: str | torch.device) -> Iterator[int]:
+    """Give BLAS one thread on a CPU; yields how many threads there are for other work.
+
+    For other devices, which take one piece of work after the other, that is 1.
+    """
+    if torch.device(device).type != "cpu":
+        yield 1
+        return
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
-        _threads.reset(token)
         torch.set_num_threads(threads)
 
 
