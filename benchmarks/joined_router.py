@@ -1,85 +1,114 @@
-"""Whether the router joins V: two products against one with stacked weights, on this machine.
+"""Is what multiplies x in a latent layer faster joined? Separate products against one launch.
 
-    python -m benchmarks.joined_router
+    python -m benchmarks.joined_router [--tokens 1 8 16 32 64]
 
-What comes after them (the choice of experts, vLLM's experts) takes rows without gaps, so the one
-product is followed by two copies unless there is a single token. On a GPU both ways are captured in
-a CUDA graph, as vLLM runs them.
+Times both ways for the layers of `benchmarks/latent_layers.py` on a GPU, in a CUDA graph as vLLM
+runs them: products of cuBLAS for the router, V and shared experts, and the kernel of
+`vllm_moesvd.kernels.joined`. A graph holds calls with several copies of the matrices, so that no
+call finds its own in the cache. Needs a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
 from torch.nn.functional import linear
 
-SIZES: Final = {
-    "Mixtral-8x7B": (4096, 8, 2048),
-    "Qwen3-30B-A3B": (2048, 128, 1088),
-}
-"""Hidden size, experts, rank of a latent layer at 40 % removed."""
-BATCHES: Final = (1, 8, 64, 512)
-REPEATS: Final = 15
+from benchmarks.gpu_layers import no_gpu, say
+from benchmarks.latent_layers import LATENT_LAYERS, LatentLayer, input_terms
+from benchmarks.roofline import seconds
+from vllm_moesvd.joined import joined_linear
+from vllm_moesvd.kernels.plan import MAX_JOINED_TOKENS
+
+BATCHES: Final = (1, 8, 16, 32, 64)
+REPLAYS: Final = 30
+CACHE_BYTES: Final = 200e6
+"""More than the L2 cache of any GPU: so many bytes of matrices are read before one is met again."""
+
+Product = Callable[[torch.Tensor, list[torch.Tensor]], object]
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """Median time of one call."""
-    calls = 20
-    if device == "cpu":
-        run: Callable[[], object] = lambda: [call() for _ in range(calls)]  # noqa: E731
-    else:
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                call()
-        run = graph.replay
-    times = []
-    for _ in range(REPEATS):
-        if device != "cpu":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
+def separate(x_TD: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [linear(x_TD, weight) for weight in weights]
 
 
-def rows(device: str) -> Iterator[str]:
-    """One line of a Markdown table for each model and number of tokens."""
-    yield "| model | T | two products µs | one and copies µs |"
-    yield "|---|---|---|---|"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for model, (hidden, experts, rank) in SIZES.items():
-        weight = torch.randn(experts + rank, hidden, device=device).to(dtype)
-        router, v = weight[:experts].clone(), weight[experts:].clone()
-        for tokens in BATCHES:
-            x = torch.randn(tokens, hidden, device=device).to(dtype)
-
-            def two(x: torch.Tensor = x, a: torch.Tensor = router, b: torch.Tensor = v) -> None:
-                linear(x, a)
-                linear(x, b)
-
-            def one(x: torch.Tensor = x, w: torch.Tensor = weight, e: int = experts) -> None:
-                both = linear(x, w)
-                both[:, :e].contiguous()
-                both[:, e:].contiguous()
-
-            times = (seconds(two, device), seconds(one, device))
-            yield f"| {model} | {tokens} | {times[0] * 1e6:.1f} | {times[1] * 1e6:.1f} |"
+def joined(x_TD: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    outs: list[torch.Tensor] = joined_linear(x_TD, weights, False)
+    return outs
 
 
-def main() -> None:
+def micros(product: Product, x_TD: torch.Tensor, copies: list[list[torch.Tensor]]) -> float:
+    """Median time of one call in the replays of a graph with a call for each of `copies`."""
+    for weights in copies[:2]:
+        product(x_TD, weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weights in copies:
+            product(x_TD, weights)
+    times: list[float] = []
+    for _ in range(REPLAYS + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(copies))
+    return statistics.median(times[3:])
+
+
+def rows(layer: LatentLayer, tp_size: int, batches: Sequence[int]) -> Iterator[str]:
+    """One line of a Markdown table for each number of tokens."""
+    columns = layer.columns(tp_size)
+    one_copy = 2 * layer.hidden * sum(columns)
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def normal(count: int) -> torch.Tensor:
+        numbers = torch.randn(count, layer.hidden, generator=generator, device="cuda")
+        return (numbers * layer.hidden**-0.5).bfloat16()
+
+    copies = [[normal(c) for c in columns] for _ in range(max(4, int(CACHE_BYTES // one_copy)))]
+    for tokens in batches:
+        x_TD = normal(tokens)
+        worst = max(
+            float((a.float() - b.float()).norm() / b.float().norm())
+            for a, b in zip(joined(x_TD, copies[0]), separate(x_TD, copies[0]), strict=True)
+        )
+        if not worst < 0.01:
+            raise RuntimeError(f"{layer.name}: joined and separate products differ by {worst:.3f}")
+        apart, one = micros(separate, x_TD, copies), micros(joined, x_TD, copies)
+        least = seconds(input_terms(layer, tokens=tokens, tp_size=tp_size)) * 1e6
+        yield (
+            f"| {layer.name} | {tp_size} | {tokens} | {len(columns)} | {apart:.1f} | {one:.1f} "
+            f"| {apart / one:.2f} | {least:.1f} |"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(BATCHES))
+    given = parser.parse_args(arguments)
+    if not 0 < min(given.tokens) <= max(given.tokens) <= MAX_JOINED_TOKENS:
+        parser.error(f"--tokens {given.tokens}: expected 1 to {MAX_JOINED_TOKENS}")
+    if not torch.cuda.is_available():
+        return no_gpu("joined_router")
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    say("| model | TP | T | matrices | separate µs | joined µs | times faster | µs ≥ on an H100 |")
+    say("|---|---|---|---|---|---|---|---|")
     with torch.inference_mode():
-        for line in rows("cuda" if torch.cuda.is_available() else "cpu"):
-            sys.stdout.write(line + "\n")
+        for layer in LATENT_LAYERS:
+            for tp_size in (1, 8):
+                for line in rows(layer, tp_size, given.tokens):
+                    say(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

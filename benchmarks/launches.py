@@ -2,7 +2,7 @@
 
     python -m benchmarks.launches
 
-Each process builds the model with random weights on a CPU and says that a GPU is there. Then
+Each process builds two models with random weights on a CPU and says that a GPU is there. Then
 - operators of torch are counted as they are dispatched; views and allocations launch nothing;
 - kernels of this project are counted where they would be launched, and not run;
 - vLLM's fused experts and its router are counted as calls, because on a GPU they are other code;
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -36,17 +36,20 @@ from vllm_moesvd.format import (
     NarrowSpec,
     spec_to_json,
 )
+from vllm_moesvd.joined import joined_linear
 
 MODES: Final = {"1": (1, False), "2": (2, False), "2, replicate": (2, True)}
 """Processes, and whether they have V gate, V up and U down, or V and Q, whole."""
 BATCHES: Final = (1, 64)
 HIDDEN, WIDTH, EXPERTS, TOP_K = 256, 512, 8, 2
+LATENT: Final = LatentSpec(rank_gate_up=128, rank_down=128, width=WIDTH)
 OWN_SLOTS: Final = tuple(range(EXPERTS))
 RANKS: Final[dict[str, Any]] = {"rank_gate_up": 128, "rank_down": 128, "expert_slot": OWN_SLOTS}
-LAYERS: Final[dict[str, LayerSpec | None]] = {
+Forms = dict[str, LayerSpec | None]
+MIXTRAL: Final[Forms] = {
     "dense": None,
     "narrow": NarrowSpec(width=256),
-    "latent": LatentSpec(rank_gate_up=128, rank_down=128, width=WIDTH),
+    "latent": LATENT,
     "shared-v": FactoredSpec(**RANKS, slot_group=(0,) * EXPERTS),
     "svd": FactoredSpec(**RANKS, slot_group=OWN_SLOTS, form="svd"),
     "base-delta": FactoredSpec(
@@ -55,6 +58,44 @@ LAYERS: Final[dict[str, LayerSpec | None]] = {
 }
 """Mixtral's blocks, small: what is launched at these batches does not depend on the sizes, except
 that V's products are split (and so summed) where they would leave a GPU idle: up to two more."""
+QWEN2: Final[Forms] = {"dense, shared expert": None, "latent, shared expert": LATENT}
+"""Qwen2-MoE's blocks: beside the routed experts one for all tokens, with a gate of its own."""
+COMMON: Final[dict[str, Any]] = {
+    "hidden_size": HIDDEN,
+    "num_experts_per_tok": TOP_K,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 128,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+MODELS: Final[dict[str, tuple[Forms, dict[str, Any]]]] = {
+    "mixtral": (
+        MIXTRAL,
+        {
+            "architectures": ["MixtralMoESVDForCausalLM"],
+            "intermediate_size": WIDTH,
+            "num_local_experts": EXPERTS,
+            "head_dim": 128,
+        },
+    ),
+    "qwen2_moe": (
+        QWEN2,
+        {
+            "architectures": ["Qwen2MoeMoESVDForCausalLM"],
+            "intermediate_size": WIDTH,
+            "moe_intermediate_size": WIDTH,
+            "shared_expert_intermediate_size": WIDTH,
+            "num_experts": EXPERTS,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
+}
+"""By `model_type`: the forms of its layers, in this order, and what its config.json adds."""
+LAYERS: Final = MIXTRAL | QWEN2
 NO_LAUNCH: Final = ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view")
 COPIES: Final = ("aten.clone", "aten.copy_", "aten._to_copy", "aten.cat")
 COLLECTIVES: Final = {
@@ -105,31 +146,21 @@ class Dispatched(TorchDispatchMode):
             self.count.update(found)
         elif name.startswith(COPIES):
             self.count["copies"] += 1
+        elif name.startswith("moesvd.joined_linear"):
+            with self:  # It launches nothing itself; what it calls does.
+                return joined_linear._init_fn(*args, **(kwargs or {}))
         elif not (function.is_view or name.startswith(NO_LAUNCH)):
             self.count["operators"] += 1
         return function(*args, **(kwargs or {}))
 
 
-def write_config(folder: Path) -> None:
-    """A Mixtral whose layers have the forms of LAYERS, in this order."""
-    specs = {i: spec for i, spec in enumerate(LAYERS.values()) if spec is not None}
-    config = {
-        "architectures": ["MixtralMoESVDForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_size": HIDDEN,
-        "intermediate_size": WIDTH,
-        "num_local_experts": EXPERTS,
-        "num_experts_per_tok": TOP_K,
-        "num_hidden_layers": len(LAYERS),
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "max_position_embeddings": 512,
-        "vocab_size": 128,
-        "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-        CONFIG_KEY: spec_to_json(CheckpointSpec(layers=specs)),
-    }
+def write_config(folder: Path, model_type: str) -> None:
+    """The config.json of one of MODELS in a new folder."""
+    layers, own = MODELS[model_type]
+    specs = {i: spec for i, spec in enumerate(layers.values()) if spec is not None}
+    folder.mkdir()
+    config = COMMON | own | {"model_type": model_type, "num_hidden_layers": len(layers)}
+    config[CONFIG_KEY] = spec_to_json(CheckpointSpec(layers=specs))
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -204,45 +235,63 @@ def run_process(rank: int, tp_size: int, replicate: bool, folder: Path) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for model_type in MODELS:
+        config = EngineArgs(
+            model=str(folder / model_type),
+            load_format="dummy",
+            dtype="bfloat16",
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            max_model_len=256,
+            tensor_parallel_size=tp_size,
+            additional_config={"moesvd": {"replicate": True}} if replicate else {},
+        ).create_engine_config()
+        if not counts:
+            with set_current_vllm_config(config):
+                init_distributed_environment(tp_size, rank, f"file://{folder}/store", rank, "gloo")
+                ensure_model_parallel_initialized(tp_size, 1)
+        counts |= count_model(config, MODELS[model_type][0])
+    if rank == 0:
+        (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+
+
+def count_model(config: Any, layers: Iterable[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """Counts by form, tokens and kind, of a model whose layers have these forms."""
+    from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.plugins import load_general_plugins
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    load_general_plugins()
-    config = EngineArgs(
-        model=str(folder),
-        load_format="dummy",
-        dtype="bfloat16",
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        max_model_len=256,
-        tensor_parallel_size=tp_size,
-        additional_config={"moesvd": {"replicate": True}} if replicate else {},
-    ).create_engine_config()
-    with set_current_vllm_config(config):
-        init_distributed_environment(tp_size, rank, f"file://{folder}/store", rank, "gloo")
-        ensure_model_parallel_initialized(tp_size, 1)
-        with set_default_torch_dtype(torch.bfloat16):
-            model = initialize_model(config)
+    from vllm_moesvd.latent_runner import LatentRunner
+
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
+        model = initialize_model(config)
     for module in model.modules():
-        # Linear layers are made ready as after loading; experts would be packed for a CPU.
         if isinstance(module, LinearBase):
-            module.quant_method.process_weights_after_loading(module)
+            # Ready as after loading, with weights that stay as they are: so they do on a GPU.
+            module.cpu_linear = torch.nn.functional.linear
+        if isinstance(module, LatentRunner):
+            with on_a_gpu():
+                module.prepare()
     counts: dict[str, dict[str, dict[str, int]]] = {}
     with set_current_vllm_config(config), set_forward_context(None, config):
-        for name, decoder in zip(LAYERS, model.model.layers, strict=True):
-            counts[name] = {str(t): count_block(decoder.block_sparse_moe, t) for t in BATCHES}
-    if rank == 0:
-        (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+        for name, decoder in zip(layers, model.model.layers, strict=True):
+            block = getattr(decoder, "block_sparse_moe", None) or decoder.mlp
+            counts[name] = {str(tokens): count_block(block, tokens) for tokens in BATCHES}
+    return counts
 
 
 def measure(tp_size: int, replicate: bool) -> dict[str, dict[str, dict[str, int]]]:
     """Counts by form, tokens and kind, from `tp_size` new processes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_config(folder)
+        for model_type in MODELS:
+            write_config(folder / model_type, model_type)
         command = [sys.executable, "-m", "benchmarks.launches"]
         processes = [
             subprocess.Popen(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_engine, gpu_layers, gpu_tiles, tile_choice
+from benchmarks import gpu_engine, gpu_layers, gpu_tiles, joined_router, tile_choice
 from benchmarks.moe_layers import MODELS, Model
 from vllm_moesvd.format import (
     FAMILIES,
@@ -67,7 +67,9 @@ def test_an_unknown_form_is_refused_in_one_line() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-@pytest.mark.parametrize("tool", [gpu_layers, gpu_engine, gpu_tiles], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    "tool", [gpu_layers, gpu_engine, gpu_tiles, joined_router], ids=lambda t: t.__name__
+)
 def test_without_a_gpu_they_say_so(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main([]) == 2
     assert capsys.readouterr().err == f"{tool.__name__}: no GPU here; this benchmark needs one\n"

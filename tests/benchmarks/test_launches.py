@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("vllm")
 
 from benchmarks import launches
+from vllm_moesvd.joined import joined_linear
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -31,3 +32,11 @@ def test_the_counter_sees_launches_and_copies_and_no_views() -> None:
         x @ x.t()
         x.add_(1)
     assert dispatched.count == {"copies": 1, "operators": 2}
+
+
+def test_the_counter_sees_into_the_joined_operator() -> None:
+    """Where it launches no kernel it is a product of torch for each matrix."""
+    x, weights = torch.ones(4, 6), [torch.ones(3, 6), torch.ones(5, 6)]
+    with launches.Dispatched() as dispatched:
+        joined_linear(x, weights, False)
+    assert dispatched.count == {"operators": 2}

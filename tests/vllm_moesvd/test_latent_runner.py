@@ -124,6 +124,20 @@ def test_loading_ends_with_the_warm_up(tmp_path: Path, monkeypatch: pytest.Monke
     assert again == []
 
 
+def test_the_joined_step_compiles_to_one_graph(tmp_path: Path) -> None:
+    """As vLLM compiles a block: for any number of tokens, without a break."""
+    model, _ = load(made_of("qwen2_moe"), tmp_path / "made")
+    runner = block_of(model).experts
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        runner._project_jointly, fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for tokens in (7, 64, 65):
+            x_TD = torch.randn(tokens, 64)
+            torch.testing.assert_close(compiled(x_TD), runner._project_jointly(x_TD))
+
+
 @pytest.mark.parametrize("other", ["quantised", "of another type", "with a bias", "alone"])
 def test_what_cannot_be_joined_is_left_to_the_modules(
     other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,9 +14,21 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.latent_layers import LATENT_LAYERS, LatentLayer
 from tests.vllm_moesvd.closeness import distance
-from tests.vllm_moesvd.kernels.cases import CASES, Case, Inputs, expected, inputs, moved
+from tests.vllm_moesvd.kernels.cases import (
+    CASES,
+    JOINED_CASES,
+    Case,
+    Inputs,
+    JoinedCase,
+    expected,
+    inputs,
+    joined_inputs,
+    moved,
+)
 from tests.vllm_moesvd.kernels.layers import slot_table
+from vllm_moesvd.joined import joined_linear
 from vllm_moesvd.kernels.forward import Factors, ShapeAndType, factored_experts
 from vllm_moesvd.kernels.tiles import device_arch, tile_table
 
@@ -147,3 +159,35 @@ def test_a_layer_of_mixtral_size(tokens: int, groups: int) -> None:
         y = h @ factors.v_down_GQF[group[e]].float().T @ factors.u_down_SDq[e].float().T
         target.index_add_(0, token, y * gate_TK[token, choice, None])
     assert is_close(actual, target.cpu(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", RMS_LIMIT, ids=str)
+@pytest.mark.parametrize("case", JOINED_CASES, ids=lambda case: case.reason)
+def test_joined_products_equal_separate_ones(case: JoinedCase, dtype: torch.dtype) -> None:
+    x_TD, weights = joined_inputs(case, dtype)
+    actual = joined_linear(x_TD.cuda(), [w.cuda() for w in weights], case.wide_logits)
+    assert [out.dtype for out in actual] == [case.out_dtype(i, dtype) for i in range(len(weights))]
+    for out, weight in zip(actual, weights, strict=True):
+        assert is_close(out, x_TD.double() @ weight.double().T, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 65])
+@pytest.mark.parametrize("layer", LATENT_LAYERS, ids=lambda layer: layer.name)
+def test_joined_products_of_real_layers(layer: LatentLayer, tokens: int) -> None:
+    """With 65 tokens the operator leaves them to cuBLAS; in a graph it gives the same bits."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+
+    def normal(count: int) -> torch.Tensor:
+        numbers = torch.randn(count, layer.hidden, generator=generator, device="cuda")
+        return (numbers * layer.hidden**-0.5).bfloat16()
+
+    x_TD, weights = normal(tokens), [normal(count) for count in layer.columns(1)]
+    for wide in (False, True):
+        plain = joined_linear(x_TD, weights, wide)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = joined_linear(x_TD, weights, wide)
+        graph.replay()
+        for out, again, weight in zip(plain, captured, weights, strict=True):
+            assert torch.equal(out, again)
+            assert is_close(out, (x_TD.double() @ weight.double().T).cpu(), torch.bfloat16)
