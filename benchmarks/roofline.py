@@ -4,8 +4,9 @@
 
 Counted, not measured: `docs/gpu.md` has what was. Latent layers are counted in `latent_layers.py`.
 Every time is a lower bound on an H100 SXM (the larger of bytes over bandwidth and operations over
-peak), without launch latency; `launches` is what that latency multiplies. A matrix is counted once for each launch that reads it: row blocks
-of one slot run next to each other, so its later reads come from the L2 cache.
+peak), without launch latency; `launches` is what that latency multiplies. A matrix is counted once
+for each launch that reads it: row blocks of one slot run next to each other, so its later reads
+come from the L2 cache.
 """
 
 from __future__ import annotations
