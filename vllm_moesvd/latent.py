@@ -1,6 +1,6 @@
 """The shared V and Q of a `latent` layer, as the transforms that vLLM's runner applies.
 
-The runner calls the input transform before the experts and the output transform after them. Both
+V comes before the experts, together with what else multiplies x (`latent_runner.py`), Q after. Both
 matrices are split over the rank dimension: V by rows, then an all-gather of z; Q by columns, after
 a reduce-scatter of the experts' partial sums. Q's partial products are summed by the runner's own
 final all-reduce. With `replicate` both are whole in every process and neither exchange happens;

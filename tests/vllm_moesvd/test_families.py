@@ -205,7 +205,7 @@ def test_three_processes_sum_the_shared_expert_once(tmp_path: Path) -> None:
     }
     made = hand_made(LAYERS, exact=False, family=BY_NAME["qwen2_moe"], **sizes)
     blocks = transformers_blocks(made, tmp_path / "dense")
-    modes = ["sharded", "replicated", "joined"]
+    modes = ["sharded", "replicated", "joined_sharded", "joined_replicated"]
     work = run_blocks(made, tmp_path, TP_SIZE, modes)
     x_TD = load_file(work / "input.safetensors")["x_TD"]
     for rank in range(TP_SIZE):

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("vllm")
 
 TP_SIZE = 3
+MODES = ["sharded", "replicated", "joined_sharded", "joined_replicated"]
 # Layer 0 is dense in the other tests; dense layers of a width that does not divide are vLLM's own
 # affair, so here it is a second latent layer, with a rank that is no multiple of three either.
 LAYERS = ODD_LAYERS | {0: LatentSpec(rank_gate_up=64, rank_down=50, width=97)}
@@ -42,7 +43,7 @@ def made():
 
 @pytest.fixture(scope="module")
 def work(made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_blocks(made, tmp_path_factory.mktemp("tp"), TP_SIZE, ["sharded", "replicated"])
+    return run_blocks(made, tmp_path_factory.mktemp("tp"), TP_SIZE, MODES)
 
 
 def run_blocks(made: HandMade, folder: Path, tp_size: int, modes: list[str]) -> Path:
@@ -75,7 +76,7 @@ def run_blocks(made: HandMade, folder: Path, tp_size: int, modes: list[str]) -> 
     return folder
 
 
-@pytest.mark.parametrize("mode", ["sharded", "replicated"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rank", range(TP_SIZE))
 def test_every_process_has_the_whole_output(rank: int, mode: str, made, work: Path) -> None:
     """Reduced exactly once, bias added exactly once, in every process."""
@@ -112,7 +113,7 @@ def test_every_factored_tensor_falls_with_the_number_of_processes(made, work: Pa
 
 @pytest.mark.parametrize(
     ("tp_size", "modes"),
-    [(4, ["sharded", "replicated", "experts"]), (8, ["sharded"])],
+    [(4, ["sharded", "replicated", "experts", "joined_experts"]), (8, ["sharded"])],
     ids=["four", "eight"],
 )
 def test_more_processes_and_every_form(tp_size: int, modes: list[str], tmp_path: Path) -> None:

@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.vllm_moesvd import harness
 
-MODES: Final[dict[str, dict[str, Any]]] = {
+MODES: dict[str, dict[str, Any]] = {
     "sharded": {},
     "replicated": {"additional_config": {"moesvd": {"replicate": True}}},
     "experts": {"enable_expert_parallel": True},
-    "joined": {},
 }
+MODES |= {f"joined_{mode}": options for mode, options in MODES.items()}
 """How the processes share a layer: options of the engine. With `joined` latent layers multiply x
 by the operator, as on a GPU."""
 
@@ -43,7 +43,7 @@ def main() -> None:
             for name, parameter in harness.build_model(config).named_parameters()
         }
         config = harness.engine_config(work / "checkpoint", **arguments)
-        if mode == "joined":
+        if mode.startswith("joined_"):
             with harness.plain_weights():
                 model = harness.load_model(config)
             assert harness.join_products(model)

@@ -1,4 +1,4 @@
-"""Triton kernels of the forms `shared-v` and `svd`; `docs/kernels.md` is their guide.
+"""Triton kernels of the general forms, and one of latent layers; `docs/kernels.md` is their guide.
 
 This module imports no Triton. vLLM replaces Triton by a placeholder on machines without a GPU, so
 the kernels import it directly, and only where `can_run` says that they will be used.
