@@ -1,4 +1,4 @@
-"""Experts of latent and narrow layers on a CPU, packed and by vLLM's kernel, equal the reference."""
+"""Experts of latent and narrow layers on a CPU, packed or by vLLM, equal the reference."""
 
 from __future__ import annotations
 
