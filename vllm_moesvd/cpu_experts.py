@@ -18,7 +18,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from vllm_moesvd.cpu_pairs import sorted_pairs
-from vllm_moesvd.cpu_products import Packed, pack, product_into, register_cpu_operator, silu_times
+from vllm_moesvd.cpu_products import Packed, pack, register_cpu_operator, silu_times
 
 SMALL_EXPERT_BYTES: Final = 1 << 20
 """Experts below this go to vLLM's kernel. Its time over that of packed experts, batches of 1 / 8 /
@@ -107,11 +107,9 @@ def packed_experts(
     for pairs in sorted_pairs(expert_TK, gate_TK, two_f):
         x_nD, n = pairs.rows_of(x_TD), len(pairs.gate_n)
         h_n2F, y_nD = x_TD.new_empty(n, two_f), x_TD.new_empty(n, d)
-        for expert, part in pairs.runs:
-            product_into(h_n2F[part], x_nD[part], gate_up_E[expert])
+        pairs.runs.multiply(h_n2F, x_nD, gate_up_E)
         h_nF = silu_times(h_n2F[:, :f], h_n2F[:, f:])
-        for expert, part in pairs.runs:
-            product_into(y_nD[part], h_nF[part], down_E[expert])
+        pairs.runs.multiply(y_nD, h_nF, down_E)
         pairs.add_to(y_TD, y_nD)
     return y_TD.to(x_TD.dtype)
 

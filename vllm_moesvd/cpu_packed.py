@@ -16,14 +16,7 @@ from typing import Final
 import torch
 
 from vllm_moesvd.cpu_pairs import sorted_pairs
-from vllm_moesvd.cpu_products import (
-    Packed,
-    pack,
-    product,
-    product_into,
-    register_cpu_operator,
-    silu_times,
-)
+from vllm_moesvd.cpu_products import Packed, pack, product, register_cpu_operator, silu_times
 
 FACTORS: Final = ("v_gate", "v_up", "v_down", "u_gate", "u_up", "u_down")
 BASE: Final = ("base_gate", "base_up", "base_down")
@@ -97,18 +90,15 @@ def packed_layer(
         base_T2B = product(x_TD, base[0][0], 2 * b)
         h_TB = x_TD.new_zeros(len(x_TD), b, dtype=torch.float32)
     for pairs in sorted_pairs(slot_TK, gate_TK, 2 * f):
-        n, groups = len(pairs.gate_n), pairs.runs_by(slot_group)
+        n, groups = len(pairs.gate_n), pairs.runs.by(slot_group)
         if len(v_G) == 1:
             z_n2R = pairs.rows_of(z_T2R)
         else:
             x_nD, z_n2R = pairs.rows_of(x_TD), x_TD.new_empty(n, two_r)
-            for group, part in groups:
-                product_into(z_n2R[part], x_nD[part], v_G[group])
-        zg_nR, zu_nR = z_n2R[:, :r], z_n2R[:, r:]
+            groups.multiply(z_n2R, x_nD, v_G)
         gate_nF, up_nF = x_TD.new_empty(n, f), x_TD.new_empty(n, f)
-        for slot, part in pairs.runs:
-            product_into(gate_nF[part], zg_nR[part], u_gate_S[slot])
-            product_into(up_nF[part], zu_nR[part], u_up_S[slot])
+        pairs.runs.multiply(gate_nF, z_n2R[:, :r], u_gate_S)
+        pairs.runs.multiply(up_nF, z_n2R[:, r:], u_up_S)
         if base:
             base_n2B = pairs.rows_of(base_T2B)
             gate_nF[:, :b] += base_n2B[:, :b]
@@ -117,10 +107,8 @@ def packed_layer(
         if base:
             pairs.add_to(h_TB, h_nF[:, :b])
         w_nQ, y_nD = x_TD.new_empty(n, q), x_TD.new_empty(n, d)
-        for group, part in groups:
-            product_into(w_nQ[part], h_nF[part], v_down_G[group])
-        for slot, part in pairs.runs:
-            product_into(y_nD[part], w_nQ[part], u_down_S[slot])
+        groups.multiply(w_nQ, h_nF, v_down_G)
+        pairs.runs.multiply(y_nD, w_nQ, u_down_S)
         pairs.add_to(y_TD, y_nD)
     if base:
         y_TD += product(h_TB.to(x_TD.dtype), base[1][0], d)

@@ -19,6 +19,31 @@ still be in the caches. More is safe and slower; fewer repeat the small operator
 
 
 @dataclass(frozen=True, slots=True)
+class Runs:
+    """How many consecutive rows each matrix multiplies: `keys` of matrices ascend."""
+
+    keys: list[int]
+    sizes: list[int]
+
+    def by(self, group_of: Sequence[int]) -> Runs:
+        """The runs of groups, where `group_of` of the keys ascends."""
+        sizes: dict[int, int] = {}
+        for key, size in zip(self.keys, self.sizes, strict=True):
+            sizes[group_of[key]] = sizes.get(group_of[key], 0) + size
+        return Runs(list(sizes), list(sizes.values()))
+
+    def multiply(self, out_nM: torch.Tensor, x_nK: torch.Tensor, handlers: torch.Tensor) -> None:
+        """Write each run's rows times its packed matrix (`cpu_products`) to the same rows.
+
+        `out_nM` must be contiguous; rows of `x_nK` may lie apart.
+        """
+        write_product = torch.ops._C.onednn_mm.default
+        outs, xs = out_nM.split_with_sizes(self.sizes), x_nK.split_with_sizes(self.sizes)
+        for key, out, x in zip(self.keys, outs, xs, strict=True):
+            write_product(out, x, None, handlers[key])
+
+
+@dataclass(frozen=True, slots=True)
 class Pairs:
     """Pairs of consecutive keys: `runs` says which rows belong to which key.
 
@@ -27,7 +52,7 @@ class Pairs:
 
     token_n: torch.Tensor | None
     gate_n: torch.Tensor
-    runs: list[tuple[int, slice]]
+    runs: Runs
 
     def rows_of(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The token's row of every pair [n, D]; one token's is repeated without a copy."""
@@ -42,16 +67,6 @@ class Pairs:
         else:
             y_TD.index_add_(0, self.token_n, y_nD * self.gate_n[:, None])
 
-    def runs_by(self, group_of: Sequence[int]) -> list[tuple[int, slice]]:
-        """Runs of groups, where `group_of` of the keys ascends."""
-        runs: list[tuple[int, slice]] = []
-        for key, rows in self.runs:
-            if runs and runs[-1][0] == group_of[key]:
-                runs[-1] = runs[-1][0], slice(runs[-1][1].start, rows.stop)
-            else:
-                runs.append((group_of[key], rows))
-        return runs
-
 
 def sorted_pairs(
     key_TK: torch.Tensor, gate_TK: torch.Tensor, numbers_per_pair: int
@@ -60,7 +75,7 @@ def sorted_pairs(
 
     A portion has whole keys, and one key or at most PORTION_NUMBERS / `numbers_per_pair` pairs.
 
-    Example: keys ((2, 0), (2, -1)) give tokens (0, 0, 1), runs (0, row 0) and (2, rows 1 and 2).
+    Example: keys ((2, 0), (2, -1)) give tokens (0, 0, 1), runs of key 0 (1 row) and 2 (2 rows).
     """
     tokens, top_k = key_TK.shape
     key_N, order_N = key_TK.flatten().sort(stable=True)
@@ -71,32 +86,21 @@ def sorted_pairs(
     gate_n = gate_TK.flatten().index_select(0, order_n).float()
     portions = _portions(counts, PORTION_NUMBERS // numbers_per_pair)
     start = 0
-    for portion in portions:
-        runs = _runs(portion)
+    for runs in portions:
         if len(portions) > 1:
-            part = slice(start, start + runs[-1][1].stop)
+            part = slice(start, start + sum(runs.sizes))
             start = part.stop
             yield Pairs(None if token_n is None else token_n[part], gate_n[part], runs)
         else:
             yield Pairs(token_n, gate_n, runs)
 
 
-def _portions(counts: Mapping[int, int], most: int) -> list[list[tuple[int, int]]]:
+def _portions(counts: Mapping[int, int], most: int) -> list[Runs]:
     """Keys and their numbers of pairs, cut where the next key would make more than `most`."""
-    portions: list[list[tuple[int, int]]] = []
-    rows = 0
+    portions: list[Runs] = []
     for key, count in counts.items():
-        if not portions or rows + count > most:
-            portions.append([])
-            rows = 0
-        portions[-1].append((key, count))
-        rows += count
+        if not portions or sum(portions[-1].sizes) + count > most:
+            portions.append(Runs([], []))
+        portions[-1].keys.append(key)
+        portions[-1].sizes.append(count)
     return portions
-
-
-def _runs(portion: list[tuple[int, int]]) -> list[tuple[int, slice]]:
-    runs, start = [], 0
-    for key, count in portion:
-        runs.append((key, slice(start, start + count)))
-        start += count
-    return runs

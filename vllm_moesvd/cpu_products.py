@@ -67,11 +67,6 @@ def product(x_NK: torch.Tensor, handler: torch.Tensor, num_rows: int) -> torch.T
     return out_NM
 
 
-def product_into(out_NM: torch.Tensor, x_NK: torch.Tensor, handler: torch.Tensor) -> None:
-    """`product`, written to `out_NM`, which must be contiguous; rows of `x_NK` may lie apart."""
-    torch.ops._C.onednn_mm(out_NM, x_NK, None, handler)
-
-
 def silu_times(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`, [N, F].
 

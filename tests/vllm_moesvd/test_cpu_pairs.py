@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_moesvd import cpu_pairs
-from vllm_moesvd.cpu_pairs import sorted_pairs
+from vllm_moesvd.cpu_pairs import Runs, sorted_pairs
 
 
 def routing(tokens: int, top_k: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,9 +22,10 @@ def test_the_example_of_the_docstring() -> None:
     (pairs,) = sorted_pairs(key_TK, gate_TK, 1)
     assert pairs.token_n is not None
     assert pairs.token_n.tolist() == [0, 0, 1]
-    assert pairs.runs == [(0, slice(0, 1)), (2, slice(1, 3))]
+    assert pairs.runs == Runs([0, 2], [1, 2])
     assert pairs.gate_n.tolist() == pytest.approx([0.2, 0.1, 0.3])
-    assert pairs.runs_by([0, 0, 0]) == [(0, slice(0, 3))]
+    assert pairs.runs.by([0, 0, 0]) == Runs([0], [3])
+    assert pairs.runs.by([0, 1, 1]) == Runs([0, 1], [1, 2])
 
 
 @pytest.mark.parametrize("most", [1, 4, 1000])
@@ -36,13 +37,11 @@ def test_portions_hold_every_computed_pair_once(
     monkeypatch.setattr(cpu_pairs, "PORTION_NUMBERS", most * 5)
     found = []
     for pairs in sorted_pairs(key_TK, gate_TK, 5):
-        assert len(pairs.gate_n) <= most or len(pairs.runs) == 1
-        token_n = [0] * len(pairs.gate_n) if pairs.token_n is None else pairs.token_n.tolist()
-        for key, rows in pairs.runs:
-            found += [
-                (key, *both)
-                for both in zip(token_n[rows], pairs.gate_n[rows].tolist(), strict=True)
-            ]
+        assert len(pairs.gate_n) <= most or len(pairs.runs.keys) == 1
+        runs = zip(pairs.runs.keys, pairs.runs.sizes, strict=True)
+        keys = [key for key, size in runs for _ in range(size)]
+        token_n = [0] * len(keys) if pairs.token_n is None else pairs.token_n.tolist()
+        found += list(zip(keys, token_n, pairs.gate_n.tolist(), strict=True))
     expected = [
         (key, token, gate)
         for token, (keys, gates) in enumerate(zip(key_TK.tolist(), gate_TK.tolist(), strict=True))
