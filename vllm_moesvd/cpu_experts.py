@@ -22,10 +22,10 @@ from vllm_moesvd.cpu_products import Packed, pack, register_cpu_operator, silu_t
 
 SMALL_EXPERT_BYTES: Final = 1 << 20
 """Experts below this go to vLLM's kernel. Its time over that of packed experts, batches of 1 / 8 /
-32, one core of a Zen 5, weights from memory: 8 experts (top 2) of 0.29 MB .57 / .71 / .86, of 1.08
-MB 1.02 / 1.08 / 1.28, of 2.16 MB .98 / .99 / 1.28, of 8.65 MB .94 / 1.61 / 1.17; 64 experts (top 8)
-.73 / .73 / .86, 1.02 / 2.20 / 1.14, .97 / 1.08 / 1.32, 1.01 / 1.13 / 1.26. More is safe: it is
-never slower than the dense model."""
+32, one core of a Zen 5, weights from memory: 8 experts (top 2) of 0.29 MB .58 / .84 / 1.06, of 1.08
+MB 1.02 / 1.19 / 1.35, of 2.16 MB 1.10 / 1.15 / 1.37, of 8.65 MB .92 / 1.23 / 1.39; 64 experts (top
+8) .72 / .68 / .78, 1.09 / 1.15 / 1.23, .97 / 1.07 / 1.12, .97 / 1.15 / 1.19. More is safe: vLLM's
+kernel is what the dense model has."""
 
 
 class CpuExperts(RoutedExperts):  # type: ignore[misc]
