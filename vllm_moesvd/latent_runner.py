@@ -120,8 +120,9 @@ class LatentRunner(MoERunner):  # type: ignore[misc]
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         weights = [part.weight for part in self._parts()]
         products = joined_linear(x_TD, weights, self._has_wide())
-        logits_TE = None if self.router_gate is None else products.pop(0)
-        z_TR, *shared = products
+        # Indices, because Dynamo cannot trace `list.pop`.
+        logits_TE = None if self.router_gate is None else products[0]
+        z_TR, *shared = products if logits_TE is None else products[1:]
         if self.routed_input_transform.tp_size > 1:
             z_TR = tensor_model_parallel_all_gather(z_TR)
         if not shared:
