@@ -45,6 +45,8 @@ TIMED_PROMPTS = (
     "To install the package, run",
 )
 TIMED_TOKENS = 96
+TIMED_RUNS = 5
+"""Each takes less than a second; on two shared cores single ones differed by up to a half."""
 
 console = Console(highlight=False)
 
@@ -206,8 +208,10 @@ def stream_one(client: OpenAI, name: str) -> None:
 
 
 def tokens_per_second(client: OpenAI, name: str) -> float:
-    """Generated tokens per second over all TIMED_PROMPTS at once; the warm-up is not counted."""
-    for max_tokens in (8, TIMED_TOKENS):
+    """Generated tokens per second over all TIMED_PROMPTS at once, the best of TIMED_RUNS; the
+    warm-up is not counted."""
+    best = 0.0
+    for max_tokens in (8, *[TIMED_TOKENS] * TIMED_RUNS):
         start = time.monotonic()
         answer = client.completions.create(
             model=name,
@@ -217,8 +221,10 @@ def tokens_per_second(client: OpenAI, name: str) -> float:
             extra_body={"ignore_eos": True},
         )
         elapsed = time.monotonic() - start
-    assert answer.usage is not None
-    return answer.usage.completion_tokens / elapsed
+        assert answer.usage is not None
+        if max_tokens == TIMED_TOKENS:
+            best = max(best, answer.usage.completion_tokens / elapsed)
+    return best
 
 
 def print_table(dense: Measured, compressed: Measured) -> None:
@@ -238,9 +244,9 @@ def print_table(dense: Measured, compressed: Measured) -> None:
     console.print(table)
     where = "on the CPU, in eager mode" if is_cpu() else "on the GPU"
     console.print(
-        f"tokens/s: {len(TIMED_PROMPTS)} prompts at once, {TIMED_TOKENS} tokens each, one run "
-        f"{where}, same engine settings. This model is tiny (hidden size 128): its time goes into "
-        "overhead, so the number says nothing about the speed of a large model. At so small a "
+        f"tokens/s: {len(TIMED_PROMPTS)} prompts at once, {TIMED_TOKENS} tokens each, best of "
+        f"{TIMED_RUNS} runs {where}, same engine settings. This model is tiny (hidden size 128): its "
+        "time goes into overhead, so the number says nothing about the speed of a large model. At so small a "
         "width, removing neurons costs less quality, and shrinking hidden states more, than on a "
         "model of ordinary size.",
         style="dim",
