@@ -245,10 +245,10 @@ def print_table(dense: Measured, compressed: Measured) -> None:
     where = "on the CPU, in eager mode" if is_cpu() else "on the GPU"
     console.print(
         f"tokens/s: {len(TIMED_PROMPTS)} prompts at once, {TIMED_TOKENS} tokens each, best of "
-        f"{TIMED_RUNS} runs {where}, same engine settings. This model is tiny (hidden size 128): its "
-        "time goes into overhead, so the number says nothing about the speed of a large model. At so small a "
-        "width, removing neurons costs less quality, and shrinking hidden states more, than on a "
-        "model of ordinary size.",
+        f"{TIMED_RUNS} runs {where}, same engine settings. This model is tiny (hidden size 128): "
+        "its time goes into overhead, so the number says nothing about the speed of a large model. "
+        "At so small a width, removing neurons costs less quality, and shrinking hidden states "
+        "more, than on a model of ordinary size.",
         style="dim",
     )
 
