@@ -36,11 +36,11 @@ from compress_tool.factorize.problem import (
     routed_output,
 )
 from compress_tool.factorize.shared_v import solve_shared_v
-from compress_tool.side_by_side import steady_sums
 from compress_tool.factorize.weighted_svd import solve_weighted_svd
 from compress_tool.factors import LatentFactors, SharedFactors
 from compress_tool.layer_stats import LayerStatistics
 from compress_tool.packing import folded_factors
+from compress_tool.side_by_side import steady_sums
 from vllm_moesvd.format import PROJECTIONS, MoEShape
 
 SHAPES: Final = {
