@@ -12,9 +12,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 ROOT: Final = Path(__file__).parents[2]
 PROMPTS: Final = (
@@ -50,12 +53,17 @@ def run_engines(
     pp_size: int = 1,
     eager: bool = True,
     options: dict[str, Any] | None = None,
+    joined: bool = False,
 ) -> list[list[Completion]]:
-    """Completions of `PROMPTS` by each checkpoint, one engine after the other."""
+    """Completions of `PROMPTS` by each checkpoint, one engine after the other.
+
+    `joined`, for one process: latent layers multiply x by the operator, as on a GPU.
+    """
     command = [sys.executable, "-m", "tests.vllm_moesvd.engine_run", *map(str, paths)]
     options = {"pipeline_parallel_size": pp_size} | (options or {})
     command += ["--tp-size", str(tp_size), "--options", json.dumps(options)]
     command += ["--eager"] if eager else []
+    command += ["--joined"] if joined else []
     environment = os.environ | ENGINE_ENVIRONMENT
     if tp_size * pp_size > 1:
         # vLLM's automatic binding wants a NUMA node per process.
@@ -93,6 +101,23 @@ def generate(path: str, *, tp_size: int, eager: bool, options: dict[str, Any]) -
     return completions
 
 
+@contextmanager
+def joining() -> Iterator[None]:
+    """Engines of this process join the products of their latent layers, and have some."""
+    from tests.vllm_moesvd.harness import plain_weights
+    from vllm_moesvd.latent_runner import LatentRunner
+
+    joined: list[LatentRunner] = []
+
+    def join(runner: LatentRunner) -> None:
+        runner.is_joined = True
+        joined.append(runner)
+
+    with plain_weights(), patch.object(LatentRunner, "prepare", join):
+        yield
+    assert joined
+
+
 def completion(output: Any) -> dict[str, Any]:
     """One output of vLLM, generated with `logprobs=2`, as the fields of a Completion."""
     ranked = [sorted(p.logprob for p in step.values()) for step in output.logprobs]
@@ -109,12 +134,14 @@ def main() -> None:
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--tp-size", type=int, default=1)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--joined", action="store_true")
     parser.add_argument("--options", type=json.loads, default={})
     given = parser.parse_args()
-    results = [
-        generate(path, tp_size=given.tp_size, eager=given.eager, options=given.options)
-        for path in given.paths
-    ]
+    with joining() if given.joined else nullcontext():
+        results = [
+            generate(path, tp_size=given.tp_size, eager=given.eager, options=given.options)
+            for path in given.paths
+        ]
     sys.stdout.write("\n" + json.dumps(results) + "\n")
 
 

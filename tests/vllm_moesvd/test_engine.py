@@ -70,3 +70,11 @@ def test_two_processes_equal_one(eager: dict[str, Completions], folders: dict[st
 def test_compiled_equals_eager(eager: dict[str, Completions], folders: dict[str, Path]) -> None:
     (compiled,) = run_engines([folders["odd"]], eager=False)
     assert max_difference(compiled, eager["odd"]) <= NOISE_LIMIT
+
+
+def test_compiled_with_joined_products_equals_eager(
+    eager: dict[str, Completions], folders: dict[str, Path]
+) -> None:
+    """vLLM compiles its blocks with the operator in them that a GPU is served with."""
+    (compiled,) = run_engines([folders["odd"]], eager=False, joined=True)
+    assert max_difference(compiled, eager["odd"]) <= NOISE_LIMIT
