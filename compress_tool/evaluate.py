@@ -161,12 +161,15 @@ def evaluate_windows(
         model.free()
         models.append(model)
     progress("evaluate", num_layers, num_layers, "")
-    scores = []
+    scores: list[_WindowScore] = []
+    num_windows = sum(map(len, groups))
     for group, ids_NS in enumerate(groups):
         for window, ids_S in enumerate(ids_NS):
+            progress("score", len(scores), num_windows, "windows of text")
             rows = slice(window, window + 1)
             logits = [m.logits(s[group][rows])[0] for m, s in zip(models, states, strict=True)]
             scores.append(_score(ids_S, logits[0], logits[1] if against is not None else None))
+    progress("score", num_windows, num_windows, "")
     return _total(checkpoint, scores, compared=against is not None)
 
 

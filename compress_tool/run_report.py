@@ -96,10 +96,10 @@ def routing_warnings(entries: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...
         missed = [expert for expert, count in enumerate(entry.get("counts") or []) if count == 0]
         if missed and entry["form"] not in ("dense", "drop"):
             shown = ", ".join(map(str, missed[:8])) + (", …" if len(missed) > 8 else "")
+            experts, their = ("experts", "their") if len(missed) > 1 else ("expert", "its")
             lines.append(
-                f"layer {layer}: calibration never routed a token to expert {shown}; "
-                f"{'their' if len(missed) > 1 else 'its'} factors fit no activations of "
-                f"{'their' if len(missed) > 1 else 'its'} own (more or other --calibration text "
-                "reaches more experts)"
+                f"layer {layer}: calibration never routed a token to {experts} {shown}; "
+                f"{their} factors fit no activations of {their} own (more or other "
+                "--calibration text reaches more experts)"
             )
     return tuple(lines)

@@ -105,10 +105,12 @@ def _size_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _layer_summary(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Equal neighbours together: `0–3 latent 72/71, 4–7 latent 71/71`."""
+    """Equal neighbours together: `0–3 latent rank 72/71, 4–7 latent rank 71/71`."""
     texts = []
-    for description, group in groupby(layers, key=_layer_form):
-        indices = [layer["index"] for layer in group]
+    # Numbers that follow one another are as far from their places in the list.
+    numbered = ((layer["index"] - place, layer) for place, layer in enumerate(layers))
+    for (description, _), group in groupby(numbered, key=lambda n: (_layer_form(n[1]), n[0])):
+        indices = [layer["index"] for _, layer in group]
         span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}–{indices[-1]}"
         texts.append(f"{span} {description}")
     shown = ", ".join(texts[:MAX_SHOWN_GROUPS])

@@ -169,13 +169,14 @@ def test_windows_of_one_token_are_a_usage_error(dense, tmp_path):
         evaluate(dense, [tmp_path / "a"], seq_len=1, batch_size=2, against=None, progress=silent)
 
 
-def test_progress_counts_the_layers_of_both_models(dense, other):
+def test_progress_counts_the_layers_of_both_models_then_the_windows(dense, other):
     calls = []
     evaluate_windows(
         dense,
-        [random_windows(1, 8)],
+        [random_windows(2, 8)],
         batch_size=1,
         against=other,
         progress=lambda stage, done, total, detail: calls.append((stage, done, total)),
     )
-    assert calls == [("evaluate", done, 4) for done in range(5)]
+    layers = [("evaluate", done, 4) for done in range(5)]
+    assert calls == layers + [("score", done, 2) for done in range(3)]
