@@ -260,7 +260,8 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         metavar="B",
-        help="calibration sequences in work at once, which changes no result (8)",
+        help="calibration sequences in work at once, on a CPU at most one for each thread, on a "
+        "GPU one; changes no result (64)",
     )
     recipe.add_argument("--seed", type=int, metavar="N", help="choice of calibration windows (0)")
     recipe.add_argument(

@@ -78,7 +78,7 @@ class Recipe:
     calibration: tuple[str, ...] = ()
     samples: int = 128
     seq_len: int = 512
-    batch_size: int = 8
+    batch_size: int = 64
     seed: int = 0
     dtype: str = "source"
 

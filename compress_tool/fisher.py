@@ -122,7 +122,7 @@ def _forward(model: StreamedModel, folder: _Folder, progress: ProgressCallback) 
         hidden_NSD = folder.read("states", first)
     for layer in range(first, num_layers):
         progress("fisher", layer, 2 * num_layers, f"forward, layer {layer}")
-        model.run_layer(layer, hidden_NSD, 1)
+        model.run_sequences(layer, hidden_NSD, len(hidden_NSD))
         folder.write("states", layer + 1, hidden_NSD)
     return hidden_NSD
 

@@ -19,7 +19,7 @@ from compress_tool.paper_plan import CLUSTERS_FILE, known_measures
 from compress_tool.planning import final_plan, first_plan
 from compress_tool.probe import known_probes
 from compress_tool.promised import promised_checkpoint
-from compress_tool.side_by_side import num_workers
+from compress_tool.side_by_side import is_steady, num_workers
 from compress_tool.sizing import (
     FISHER_SEQUENCES,
     PROBE_TOKENS,
@@ -122,7 +122,8 @@ def memory_bytes(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> int
     layer_params = sum(checkpoint.tensors[n].num_params for n in checkpoint.layer_tensors(layer))
     source_bytes = sum(checkpoint.tensors[n].num_bytes for n in checkpoint.layer_tensors(layer))
     states = num_tokens * shape.hidden_size * 4
-    batch = recipe.batch_size * recipe.seq_len * max(shape.expert_width, shape.hidden_size) * 4 * 4
+    at_once = min(recipe.batch_size, torch.get_num_threads())
+    batch = at_once * recipe.seq_len * max(shape.expert_width, shape.hidden_size) * 4 * 4
     outer = max(
         (checkpoint.tensors[name].num_params for name in checkpoint.outer_tensors()), default=0
     )
@@ -157,9 +158,11 @@ def run_flops(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> float:
     per_layer += 2.0 * routed * d * d * 2 + 2.0 * shape.num_experts * f * d * d * 3 + 20.0 * d**3
     if recipe.method != "latent":
         per_layer += 2.0 * routed * f * f * 2 + 20.0 * f**3
-    # Six per multiply-add of a token's experts: forward and backward.
+    # Six per multiply-add of a token's experts: forward and backward. Small experts are refitted by
+    # one thread; two were worth little there when the estimate was compared with runs.
     batch = min(BATCH_TOKENS, num_tokens)
-    per_layer += recipe.num_refit_steps * 18.0 * batch * shape.top_k * d * f
+    idle = max(1, torch.get_num_threads() // 2) if is_steady(shape) else 1
+    per_layer += idle * recipe.num_refit_steps * 18.0 * batch * shape.top_k * d * f
     if recipe.num_refit_steps > 0:
         per_layer += 2 * expert_pass
     if recipe.base == FISHER:

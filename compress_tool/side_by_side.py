@@ -11,7 +11,7 @@ Memory: the working set of `num_workers` experts, and the results of one more th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,6 +40,12 @@ def num_workers(shape: MoEShape, device: str = "cpu") -> int:
     return max(1, min(_num_threads(), shape.num_experts, WEIGHT_BYTES // expert_bytes))
 
 
+def is_steady(shape: MoEShape, device: str = "cpu") -> bool:
+    """Whether `steady_sums` takes BLAS's threads from it: on a CPU, unless experts are large."""
+    fits = 4 * 3 * shape.expert_width * shape.hidden_size <= WEIGHT_BYTES
+    return torch.device(device).type == "cpu" and fits
+
+
 @contextmanager
 def steady_sums(shape: MoEShape, device: str = "cpu") -> Iterator[None]:
     """Give BLAS one thread, and the others to `side_by_side`, unless experts are too large for it.
@@ -48,8 +54,7 @@ def steady_sums(shape: MoEShape, device: str = "cpu") -> Iterator[None]:
     truncation takes what moved a hundred to a thousand times as far where singular values lie
     close together. Experts above WEIGHT_BYTES keep all threads, and with them those last bits.
     """
-    fits = 4 * 3 * shape.expert_width * shape.hidden_size <= WEIGHT_BYTES
-    if torch.device(device).type != "cpu" or not fits or _threads.get() is not None:
+    if not is_steady(shape, device) or _threads.get() is not None:
         yield
         return
     with one_thread(device) as threads:
@@ -64,17 +69,18 @@ def steady_sums(shape: MoEShape, device: str = "cpu") -> Iterator[None]:
 def one_thread(device: str | torch.device) -> Iterator[int]:
     """Give BLAS one thread on a CPU; yields how many threads there are for other work.
 
-    For other devices, which take one piece of work after the other, that is 1.
+    For other devices, which take one piece of work after the other, that is 1. Within `steady_sums`
+    it is what that has taken from BLAS.
     """
     if torch.device(device).type != "cpu":
         yield 1
         return
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads
+        yield _threads.get() or before
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _num_threads() -> int:
@@ -83,7 +89,7 @@ def _num_threads() -> int:
 
 def side_by_side(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """`map(work, items)` on `workers` threads, which share torch's threads among them.
 
     An exception of `work` is raised here, after the items in work are done.

@@ -106,10 +106,21 @@ def solve_layer(
     `drift_TD` is what the refit has to make up for beside the layer's own output (`trajectory`).
     Raises NumericsError if a factor or the layer's output is not finite.
     """
+    with steady_sums(problem.shape, problem.device):
+        return _solved(checkpoint, recipe, layer, spec, problem, drift_TD)
+
+
+def _solved(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layer: int,
+    spec: LayerSpec,
+    problem: LayerProblem,
+    drift_TD: torch.Tensor | None,
+) -> SolvedLayer:
     y_TD = routed_output(problem.statistics, problem.experts, problem.activation, problem.workers)
     _check_finite(layer, {"the dense output": y_TD})
-    with steady_sums(problem.shape, problem.device):
-        factors, entry = _closed_form(recipe, spec, problem, y_TD)
+    factors, entry = _closed_form(recipe, spec, problem, y_TD)
     predicted = entry["predicted_loss"]
     if recipe.num_refit_steps > 0 and isinstance(factors, LatentFactors | NarrowFactors):
         target_TD = y_TD if drift_TD is None else y_TD + drift_TD

@@ -10,7 +10,7 @@ Memory: the largest part (a decoder layer in `dtype`), the hidden states the cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from threading import local
 from typing import Any, Final
@@ -141,11 +141,7 @@ class StreamedModel:
         return hidden_NSD
 
     def run_sequences(
-        self,
-        layer: int,
-        hidden_NSD: torch.Tensor,
-        at_once: int,
-        observer: Observer | None = None,
+        self, layer: int, hidden_NSD: torch.Tensor, at_once: int, observer: Observer | None = None
     ) -> torch.Tensor:
         """`run_layer` with every sequence computed alone, by one thread; returns the states.
 
@@ -167,11 +163,13 @@ class StreamedModel:
             seen.routed = routed
 
         with self._observed(layer, keep if observer else None), one_thread(self._device) as threads:
-            computed = side_by_side(compute, rows, min(threads, at_once, len(rows)))
-            for row, (output, routed) in zip(rows, computed, strict=True):
-                if observer is not None and routed:
-                    observer(*routed)
-                self._store(layer, hidden_NSD, row, output)
+            workers = max(1, min(threads, at_once, len(rows)))
+            # Closed here: a failure below then ends the threads before their number is reset.
+            with closing(side_by_side(compute, rows, workers)) as computed:
+                for row, (output, routed) in zip(rows, computed, strict=True):
+                    if observer is not None and routed:
+                        observer(*routed)
+                    self._store(layer, hidden_NSD, row, output)
         return hidden_NSD
 
     @contextmanager
@@ -196,7 +194,7 @@ class StreamedModel:
         states[rows] = output.to(states)
 
     def call_layer(self, layer: int, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        """One batch through one layer, on the device; gradients flow where the caller has them."""
+        """A batch through one layer, on the device; gradients flow where the caller has them."""
         self._load(layer)
         hidden = hidden_BSD.to(self._device, self._dtype)
         args, kwargs = self._layer_calls(*hidden.shape[:2])[layer]

@@ -5,7 +5,8 @@ neurons themselves. This does: Adam on all factors of one layer, to minimise ‖
 calibration tokens. On pocket-mixtral it halves the KL that a narrow layer costs (docs/log.md).
 
 Only the layer's own inputs and outputs are used: no labels, no gradient through the model.
-Deterministic for given inputs, seed, machine and number of threads.
+Deterministic for given inputs, seed and machine, and within `steady_sums` whatever the number of
+threads: it then takes one.
 """
 
 from __future__ import annotations

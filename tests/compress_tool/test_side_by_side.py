@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 
 import pytest
 import torch
 
-from compress_tool.side_by_side import num_workers, side_by_side
+from compress_tool.side_by_side import num_workers, one_thread, side_by_side, steady_sums
 from vllm_moesvd.format import MoEShape
 
 MIXTRAL = MoEShape(hidden_size=4096, expert_width=14336, num_experts=8, top_k=2)
@@ -58,6 +59,28 @@ def test_a_failure_is_raised_and_nothing_further_is_started(four_threads):
     with pytest.raises(ValueError, match="item 1"):
         list(side_by_side(work, range(100), 2))
     assert len(started) <= 2 + 2 + 1
+    assert torch.get_num_threads() == 4
+
+
+def test_one_thread_ends_with_all_of_them_though_the_work_was_left(four_threads):
+    def leave() -> None:
+        with one_thread("cpu") as threads, closing(side_by_side(abs, range(9), threads)) as done:
+            next(done)
+            raise ValueError("left")
+
+    with pytest.raises(ValueError, match="left"):
+        leave()
+    assert torch.get_num_threads() == 4
+
+
+def test_within_steady_sums_the_threads_are_those_taken_from_blas(four_threads):
+    with steady_sums(FINE):
+        assert torch.get_num_threads() == 1
+        with one_thread("cpu") as threads:
+            assert threads == 4
+        assert torch.get_num_threads() == 1
+    with steady_sums(MIXTRAL):
+        assert torch.get_num_threads() == 4
     assert torch.get_num_threads() == 4
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from compress_tool.factorize.latent import solve_latent
 from compress_tool.factorize.narrow import solve_narrow
 from compress_tool.factorize.problem import routed_output
-from compress_tool.factorize.refit import refit
+from compress_tool.factorize.refit import RefitFactors, refit
+from compress_tool.side_by_side import steady_sums
 from tests.compress_tool.factorize.problems import make_problem
 
 
@@ -57,6 +59,37 @@ def test_the_same_seed_gives_the_same_bytes():
     first, second = (refit(problem, factors, y_TD, steps=10, seed=7).factors for _ in range(2))
     for name in ("v_gate_up_RD", "gate_EFR", "up_EFR", "down_ERF", "q_DR"):
         assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize("form", ["narrow", "latent"])
+def test_threads_change_no_bit_of_a_refit_that_is_kept(form):
+    """Tensors so large that torch cuts sums over them by threads, unless `steady_sums` stops it."""
+    problem = make_problem(hidden=128, width=192, experts=8, tokens=600)
+    y_TD = routed_output(problem.statistics, problem.experts, problem.activation)
+    exact: RefitFactors = solve_narrow(problem, [120])[0].factors
+    if form == "latent":
+        exact = solve_latent(problem, y_TD, 96, 96).factors
+    generator = torch.Generator().manual_seed(3)
+    noisy = {
+        name: getattr(exact, name)
+        + 0.1 * torch.randn(getattr(exact, name).shape, generator=generator)
+        for name in ("gate_EFD", "up_EFD", "gate_EFR", "up_EFR")
+        if hasattr(exact, name)
+    }
+    start = dataclasses.replace(exact, **noisy)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with steady_sums(problem.shape):
+                found.append(refit(problem, start, y_TD, steps=12, seed=0))
+    finally:
+        torch.set_num_threads(before)
+    assert all(result.error_after < result.error_before for result in found)
+    one, other = (dataclasses.asdict(result.factors) for result in found)
+    for name, tensor in one.items():
+        assert tensor is None or torch.equal(tensor, other[name]), name
 
 
 def test_few_tokens_are_finite():
