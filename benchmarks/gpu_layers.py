@@ -17,7 +17,8 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -159,13 +160,18 @@ def time_layer(block: torch.nn.Module, config: Any, tokens: int, hidden: int) ->
         for _ in range(calls)
     ]
     with set_current_vllm_config(config), set_forward_context(None, config), torch.no_grad():
-        for batch in batches[:2]:
-            block(batch)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for batch in batches:
-                block(batch)
+        return graph_micros([partial(block, batch) for batch in batches])
+
+
+def graph_micros(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time of one of `calls` in the replays of a CUDA graph that holds them all, µs."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
     times: list[float] = []
     for _ in range(REPLAYS + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -173,7 +179,7 @@ def time_layer(block: torch.nn.Module, config: Any, tokens: int, hidden: int) ->
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
     return statistics.median(times[3:])
 
 

@@ -11,22 +11,21 @@ call finds its own in the cache. Needs a GPU.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.gpu_layers import no_gpu, say
+from benchmarks.gpu_layers import graph_micros, no_gpu, say
 from benchmarks.latent_layers import LATENT_LAYERS, LatentLayer, input_terms
 from benchmarks.roofline import seconds
 from vllm_moesvd.joined import joined_linear
 from vllm_moesvd.kernels.plan import MAX_JOINED_TOKENS
 
 BATCHES: Final = (1, 8, 16, 32, 64)
-REPLAYS: Final = 30
 CACHE_BYTES: Final = 200e6
 """More than the L2 cache of any GPU: so many bytes of matrices are read before one is met again."""
 
@@ -43,23 +42,8 @@ def joined(x_TD: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor
 
 
 def micros(product: Product, x_TD: torch.Tensor, copies: list[list[torch.Tensor]]) -> float:
-    """Median time of one call in the replays of a graph with a call for each of `copies`."""
-    for weights in copies[:2]:
-        product(x_TD, weights)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weights in copies:
-            product(x_TD, weights)
-    times: list[float] = []
-    for _ in range(REPLAYS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(copies))
-    return statistics.median(times[3:])
+    """Median time of one call in a graph with a call for each of `copies`."""
+    return graph_micros([partial(product, x_TD, weights) for weights in copies])
 
 
 def rows(layer: LatentLayer, tp_size: int, batches: Sequence[int]) -> Iterator[str]:
